@@ -1,0 +1,1255 @@
+"""Decoupled Value Policy Optimization (DVPO): PPO's clipped objective with a frozen global value model as advantage.
+
+Each step: sample responses to a batch of prompts from the policy; read every token's value Q(tau, s_t, a_t) from the
+frozen GVM once, tau being other question-answer pairs *of this same rollout* (they show the current policy); normalise
+over the whole rollout; then take clipped policy-gradient steps. In memory: policy, GVM, reference. No reward model, no
+critic, no reward.
+
+    A_t = Q~_t = (Q_t - mu) / (sigma + eps)        mu, sigma over all response tokens of the rollout    `advantages`
+    L = -sum_t m_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / sum_t m_t      eq. 3             `dvpo_loss`
+    rho_t = pi(y_t) / pi_old(y_t), of logits / temperature
+
+`--advantage q` is the paper's. A frozen Q also gives a baseline for free, since appending a token is deterministic:
+V(s_t) = Q_{t-1} (/ discount), V(s_1) read at the last prompt token, and the *terminal value Q_T is kept*:
+
+    delta_t = Q_t - V_t,   `--advantage q_minus_v`: A_t = delta_t / rms(delta),   `gae`: A_t = sum_k (discount lam)^k delta_{t+k}
+
+The KL to the reference enters as in PPO, in units of the standardised reward (`--kl_in reward`), or as a squared
+log-ratio in the loss (`--kl_in loss`); its coefficient is fixed, or adaptive with --kl_target.
+
+The authors' released code differs: no tau, V(s_t) instead of Q, values whitened within each minibatch (padding
+included), the terminal value dropped from GAE.
+
+    python dvpo.py                                                   # CPU: the toy world
+    python dvpo.py llama3.2-3b --lora_r 16 --share_backbone          # 1 GPU
+    torchrun --nproc_per_node 8 dvpo.py llama3.2-3b                  # 8 GPUs, the paper's setting
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import gzip
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from kernels import linear_logprob, normalize_values
+
+
+@dataclass
+class Args:
+    policy: str = "runs/sft/final"
+    """the policy to optimise: a Hugging Face folder or hub name with a chat template"""
+    reference: str = ""
+    """the frozen reference of the KL; default: the starting policy"""
+    gvm: str = "runs/gvm/final"
+    """the frozen global value model, from gvm.py"""
+    data: str = "toy"
+    """prompts: `toy`, a hub name, or a .json/.jsonl(.gz)/.parquet file with `prompt`; several, comma-separated"""
+    split: str = "train"
+    """the part of the data to read: `train`, `train[80%:]`, `train[2000:4000]`"""
+    output_dir: str = "runs/dvpo"
+    """the run's folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/, final/"""
+    seed: int = 0
+    """seed of sampling, prompt order and minibatches"""
+    steps: int = 60
+    """rollouts; each is followed by ppo_epochs passes over it"""
+    learning_rate: float = 3e-4
+    """learning rate of AdamW, constant after warm-up (paper: 2e-6)"""
+    warmup_steps: int = 0
+    """optimizer steps of linear warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: float = 1.0
+    """gradient clipping by global norm; 0 turns it off"""
+    rollout_batch_size: int = 64
+    """responses per rollout, over all ranks (paper: 8 per GPU)"""
+    batch_size: int = 32
+    """responses per optimizer step, over all ranks (paper: minibatch 2 x accumulation 2, per GPU)"""
+    micro_batch_size: int = 64
+    """responses per forward pass on one rank, in scoring and in training"""
+    ppo_epochs: int = 2
+    """passes over each rollout (paper: 4)"""
+    clip: float = 0.2
+    """PPO's clipping parameter eps of eq. 3"""
+    advantage: Literal["q", "q_minus_v", "gae"] = "q"
+    """q: the normalised value itself (paper); q_minus_v: its increment; gae: lambda-sum of increments"""
+    discount: float = 1.0
+    """the MDP's discount factor per token; the one that the GVM was trained with"""
+    lam: float = 0.95
+    """lambda of gae"""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """where the KL to the reference acts: in the advantage, as in PPO, or as half the squared log-ratio in the loss"""
+    kl_coef: float = 0.1
+    """beta, the strength of the KL, in units of the standardised reward (paper: starts at 0.2)"""
+    kl_target: float = 0.0
+    """adapt beta towards this KL per sequence, in nats (paper: 0.1); 0 keeps beta fixed"""
+    kl_horizon: float = 10000.0
+    """episodes over which the adaptive beta moves"""
+    temperature: float = 1.0
+    """sampling temperature; all log-probs are of logits / temperature. No top-k or top-p: they would bias the ratio"""
+    tau_pairs: int = -1
+    """question-answer pairs in tau; -1: as many as the GVM was trained with, 0: none"""
+    share_backbone: bool = False
+    """one frozen backbone for reference and GVM (a LoRA adapter on it), and for the policy too with --lora_r"""
+    max_prompt_tokens: int = 64
+    """a longer prompt is an error, or left out with --drop_long_prompts"""
+    max_response_tokens: int = 48
+    """a response is sampled until EOS or this length (paper: 1024)"""
+    drop_long_prompts: bool = False
+    """leave out rows whose prompt is longer than --max_prompt_tokens instead of stopping"""
+    lora_r: int = 0
+    """rank of LoRA adapters on all linear layers of the policy; 0 trains all weights"""
+    lora_alpha: int = 32
+    """LoRA's alpha"""
+    lora_dropout: float = 0.0
+    """LoRA's dropout; it would make the ratio differ from 1 before the first update, so none"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage, 0-3; one process with stage 0 needs no DeepSpeed"""
+    bf16: bool = False
+    """bfloat16 matrix products (GPU)"""
+    attention: str = "sdpa"
+    """`sdpa`, `flash_attention_2` (with flash-attn installed) or `eager`"""
+    save_every: int = 0
+    """steps between checkpoints to resume from; 0 writes none"""
+    resume: bool = False
+    """continue from the last checkpoint in --output_dir, bit for bit"""
+    trust_remote_code: bool = False
+    """allow code that comes with a hub model"""
+
+
+_paper = Args(
+    data="openbmb/UltraFeedback", split="train[80%:]", steps=450, learning_rate=2e-6, rollout_batch_size=64, batch_size=32,
+    micro_batch_size=2, ppo_epochs=4, kl_coef=0.2, kl_target=0.1, max_prompt_tokens=1024, max_response_tokens=1024,
+    drop_long_prompts=True, gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=50,
+)  # fmt: skip
+PRESETS: dict[str, Args] = {
+    "llama3.2-3b": dataclasses.replace(_paper),
+    "llama3-8b": dataclasses.replace(_paper, steps=810, zero_stage=3),
+    "mistral-7b-instruct": dataclasses.replace(_paper, policy="mistralai/Mistral-7B-Instruct-v0.2", split="train"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- the mathematics
+
+
+def discounted_sum(x, factor: float):
+    """sum_{k >= t} factor^(k - t) x_k along the last axis of x (B, T), which is 0 where masked."""
+    if factor == 1:
+        return x.flip(-1).cumsum(-1).flip(-1)
+    total, out = torch.zeros_like(x[:, 0]), torch.empty_like(x)
+    for t in range(x.shape[1] - 1, -1, -1):
+        total = x[:, t] + factor * total
+        out[:, t] = total
+    return out
+
+
+def increments(values, mask, *, discount: float = 1.0):
+    """delta_t = Q_t - V_t, the one-step advantage at KL 0: (B, T), 0 where masked.
+
+    values (B, T+1): column 0 is V(s_1), column t is Q_t. V_1 is read at the last prompt token, V_t = Q_{t-1} / discount
+    (no reward but the last, deterministic text). discount V_{t+1} = Q_t holds at t = T too, where V_{T+1} = Q_T comes
+    undiscounted: the terminal value is kept."""
+    v = torch.cat([values[:, :1], values[:, 1:-1] / discount], 1)
+    return (values[:, 1:] - v) * mask
+
+
+def advantages(
+    values, kl, mask, *, advantage: str = "q", discount: float = 1.0, lam: float = 0.95, kl_coef: float = 0.0
+):
+    """Advantages (B, T) of a whole rollout, all ranks; 0 where masked.
+
+    values (B, T+1) of the GVM, kl (B, T) = old_logp - ref_logp, mask (B, T) bool.
+    q:         normalize(Q_t - beta sum_{k>=t} discount^(k-t) kl_k)          section 3.3, the paper's; eq. 2 normalises
+    q_minus_v: (delta_t - beta sum_{k>=t} discount^(k-t) kl_k) / root mean square: not centred, since a mean increment
+               above 0 says that the policy does better than the GVM expected
+    gae:       normalize(sum_{k>=t} (discount lam)^(k-t) (delta_k - beta kl_k))          as PPO whitens"""
+    kl = kl * mask
+    if advantage == "q":
+        return normalize_values(values[:, 1:] - kl_coef * discounted_sum(kl, discount), mask)
+    delta = increments(values, mask, discount=discount)
+    if advantage == "gae":
+        return normalize_values(discounted_sum(delta - kl_coef * kl, discount * lam), mask)
+    credit = (delta - kl_coef * discounted_sum(kl, discount)) * mask
+    return credit / ((credit.square().sum() / mask.sum()).sqrt() + 1e-5)
+
+
+def dvpo_loss(logp, old_logp, advantage, mask, normalizer, *, clip: float = 0.2):
+    """eq. 3, negated: (B, T) each, normalizer = response tokens of the whole optimizer step. Returns (loss, clipped
+    tokens): both sums over micro-batches and ranks."""
+    ratio = torch.exp((logp - old_logp) * mask)
+    unclipped, clipped = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    loss = -(torch.minimum(unclipped, clipped) * mask).sum() / normalizer
+    return loss, ((clipped < unclipped) & mask).sum()
+
+
+def kl_loss(logp, ref_logp, mask, normalizer):
+    """`--kl_in loss`: half the squared log-ratio per token (k2). On policy its gradient is that of the per-token
+    conditional KL at the visited states; it leaves out a token's effect on later KL, and is biased after an update."""
+    return 0.5 * ((logp - ref_logp).square() * mask).sum() / normalizer
+
+
+def kl_controller(kl_coef: float, kl: float, *, target: float, episodes: int, horizon: float) -> float:
+    """beta (1 + e n / horizon), e = clip(KL / target - 1, -0.2, 0.2), clamped to [1e-4, 10]; Ziegler et al. 2019.
+
+    kl: KL per sequence, batch mean, in nats; n: episodes since the last update."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return min(max(kl_coef * (1 + error * episodes / horizon), 1e-4), 10.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- rollout
+
+
+class GumbelNoise:
+    """A logits processor under which greedy decoding samples exactly from softmax(logits / temperature).
+
+    Noise is drawn for the rollout's rows of all ranks and each rank takes its own, so a rollout does not depend on how
+    many ranks share it."""
+
+    def __init__(self, seed: str, temperature: float, rows: slice, total: int, device):
+        self.generator = torch.Generator(device).manual_seed(random.Random(seed).getrandbits(62))
+        self.temperature, self.rows, self.total = temperature, rows, total
+
+    def __call__(self, input_ids, scores):
+        noise = torch.empty(self.total, scores.shape[-1], device=scores.device)
+        noise.exponential_(generator=self.generator)
+        return scores.float() / self.temperature - noise[self.rows].log()
+
+
+def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[list[int]]:
+    """Response ids, with the EOS unless cut, of this rank's prompts (ids)."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):  # generation needs padding on the left
+        input_ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    with torch.no_grad(), unwrapped(engine) as model, engine.autocast():
+        out = model.generate(
+            input_ids=input_ids.to(device), attention_mask=mask.to(device), logits_processor=[noise],
+            max_new_tokens=args.max_response_tokens, do_sample=False, use_cache=True,
+        )  # fmt: skip
+    ends = engine.module.ends
+    responses = []
+    for row in out[:, width:].tolist():
+        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
+        responses.append(row[:length])
+    return responses
+
+
+@contextlib.contextmanager
+def unwrapped(engine):
+    """The Hugging Face model, in eval mode; under ZeRO-3 with whole weights, so that ranks may stop at different lengths."""
+    module, training = engine.module, engine.module.training
+    module.eval()
+    if engine.deepspeed and engine.args.zero_stage == 3:
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(engine.deepspeed):
+            yield module.model
+    else:
+        yield module.model
+    module.train(training)
+
+
+def gather_lists(lists: list, world: int) -> list:
+    """The ranks' lists, joined in order of rank."""
+    if world == 1:
+        return lists
+    parts = [None] * world
+    dist.all_gather_object(parts, lists)
+    return [item for part in parts for item in part]
+
+
+def gather_rows(x, world: int):
+    """The ranks' (rows, T) tensors, the same shape on each, joined in order of rank."""
+    if world == 1:
+        return x
+    out = x.new_empty(world * x.shape[0], x.shape[1])
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def tau_partners(keys: list[str], pairs: int, seed: str) -> list[list[int]]:
+    """For each response of the rollout, `pairs` others on other prompts: tau shows the current policy, never x.
+
+    Chosen by global index, before sharding, so the result does not depend on the number of ranks."""
+    rng, partners = random.Random(seed), []
+    for i, key in enumerate(keys):
+        others, seen = [], {key}
+        for j in rng.sample(range(len(keys)), len(keys)):
+            if len(others) == pairs:
+                break
+            if keys[j] not in seen:
+                others.append(j)
+                seen.add(keys[j])
+        partners.append(others)
+    return partners
+
+
+def score_rollout(engine, frozen, rows, width: int, pad_token_id: int, args, device):
+    """old_logp (rows, T), ref_logp (rows, T), values (rows, T+1) of this rank's rows (prompt ids, response ids, turns), in
+    micro-batches of like length, without gradients; T = `width`."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    parts = [], [], []
+    with torch.no_grad():
+        for at in range(0, len(order), args.micro_batch_size):
+            some = [rows[i] for i in order[at : at + args.micro_batch_size]]
+            batch = collate([row[:2] for row in some], pad_token_id).to(device)
+            valued = collate_values([turns for *_, turns in some], pad_token_id, every=False).to(device)
+            found = engine(batch, args.temperature), frozen.ref_logp(batch, args.temperature), frozen.values(valued)
+            for part, x, size in zip(parts, found, (width, width, width + 1), strict=True):
+                part.append(torch.nn.functional.pad(x, (0, size - x.shape[1])))
+    back = torch.tensor(order).argsort().to(device)
+    return [torch.cat(part)[back] for part in parts]
+
+
+class Frozen:
+    """Reference log-probs and GVM values. With --share_backbone one frozen backbone serves both: the GVM is the reference
+    with a LoRA adapter and a score head, the reference is the same weights with the adapter off, and a LoRA policy is
+    one more adapter on it."""
+
+    def __init__(self, policy: Policy, shared, tokenizer, args, device):
+        self.layers, self.trained = [], ["default"] if args.lora_r else []
+        if shared is not None:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            self.layers = [module for module in shared.modules() if isinstance(module, BaseTunerLayer)]
+            self.reference = policy if args.lora_r else Policy(shared).to(device)
+            self.value_model = ValueModel(shared).to(device)
+        else:
+            reference = load_model("causal", args.reference or args.policy, tokenizer, args, frozen=True)
+            self.reference = whole_or_parts(Policy(reference).to(device), args)
+            model = load_model("value", args.gvm, tokenizer, args, frozen=True)
+            self.value_model = whole_or_parts(ValueModel(model).to(device), args)
+
+    @contextlib.contextmanager
+    def adapters(self, active: list[str]):
+        for layer in self.layers:
+            layer.set_adapter(active, inference_mode=True)
+        yield
+        for layer in self.layers:
+            layer.set_adapter(self.trained)
+
+    def ref_logp(self, batch, temperature):
+        with self.adapters([]):
+            return self.reference(batch, temperature)
+
+    def values(self, batch):
+        with self.adapters(["gvm"]):
+            return self.value_model(batch)
+
+
+def whole_or_parts(module, args):
+    """Frozen weights: whole on each rank, or in parts under ZeRO-3."""
+    if args.zero_stage < 3:
+        return module
+    import deepspeed
+
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": args.bf16}}
+    return deepspeed.initialize(model=module, config=config | {"steps_per_print": 10**9})[0]
+
+
+def load_shared(args, tokenizer):
+    """The reference as a PEFT model with the GVM's adapter `gvm` and score head on it, and with --lora_r the policy's
+    adapter `default`."""
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    folder, base = Path(args.gvm, "adapter"), args.reference or args.policy
+    if not (folder / "adapter_config.json").is_file():
+        stop(
+            f"--share_backbone needs a GVM trained with LoRA, and {folder} is not there: run `python gvm.py --lora_r 8`"
+        )
+    config = PeftConfig.from_pretrained(folder)
+    if Path(config.base_model_name_or_path).resolve() != Path(base).resolve():
+        stop(f"--share_backbone: the GVM is an adapter on {config.base_model_name_or_path}, but the reference is {base}: "
+             "name that one with --reference, or train the GVM from it")  # fmt: skip
+    model = load_model("causal", base, tokenizer, args, frozen=True)
+    policy_config = lora_config(model, args) if args.lora_r else None
+    weights = load_file(folder / "adapter_model.safetensors")
+    head = {name.rpartition(".")[2]: weights.pop(name) for name in list(weights) if ".score." in name}
+    config.modules_to_save, config.inference_mode = None, True
+    shared = get_peft_model(model, config, adapter_name="gvm")
+    set_peft_model_state_dict(shared, weights, adapter_name="gvm")
+    plain(shared).score = torch.nn.Linear(head["weight"].shape[1], 1, bias="bias" in head)
+    plain(shared).score.load_state_dict(head)
+    shared.requires_grad_(False)
+    if policy_config:
+        shared.add_adapter("default", policy_config)
+        shared.set_adapter("default")
+        if args.gradient_checkpointing:
+            shared.gradient_checkpointing_enable({"use_reentrant": False})
+    return shared.train(bool(policy_config))
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train(args: Args) -> Path:
+    started = time.time()
+    rank, world, device = init_distributed(args)
+    if args.rollout_batch_size % world or args.rollout_batch_size % args.batch_size:
+        stop(f"--rollout_batch_size {args.rollout_batch_size} must be a multiple of --batch_size {args.batch_size} and of "
+             f"the number of ranks, {world}")  # fmt: skip
+    missing(args.policy, "python sft.py")
+    missing(args.gvm, "python gvm.py")
+    tokenizer = load_tokenizer(args.policy, args)
+    if load_tokenizer(args.gvm, args).get_vocab() != tokenizer.get_vocab():
+        stop(f"{args.gvm} and {args.policy} have different tokenizers: train the GVM from the policy's SFT model")
+    questions = []
+    for row, where in load_rows(args.data, args.split, "prompts", args.seed):
+        ids, _ = encode(tokenizer, row, None, where, args)
+        if ids is not None:
+            messages = (
+                row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+            )
+            questions.append((ids, messages))
+    if len(questions) < args.rollout_batch_size:
+        stop(
+            f"{args.data} ({args.split}) has {len(questions)} prompts: fewer than --rollout_batch_size {args.rollout_batch_size}"
+        )
+
+    torch.manual_seed(args.seed)
+    shared = load_shared(args, tokenizer) if args.share_backbone else None
+    if shared is not None and args.lora_r:
+        model = shared
+    else:
+        model = load_model("causal", args.policy, tokenizer, args)
+        model = add_lora(model, args) if args.lora_r else model
+    policy = Policy(model).to(device)
+    frozen = Frozen(policy, shared, tokenizer, args, device)
+    gvm_config = AutoConfig.from_pretrained(args.gvm, trust_remote_code=args.trust_remote_code)
+    tau_pairs = args.tau_pairs if args.tau_pairs >= 0 else getattr(gvm_config, "tau_pairs", 0)
+    tau_tokens = getattr(gvm_config, "tau_tokens", 0)
+
+    engine = Engine(policy, args, world)
+    run = Run(args, engine, rank, args.steps, started, bar=("gold", "kl") if args.data == "toy" else ("value", "kl"))
+    run.state = {"kl_coef": args.kl_coef}
+    run.restore()
+    policy.train()
+    per_rank = args.rollout_batch_size // world
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)
+    per_epoch = len(questions) // args.rollout_batch_size
+    for step in range(run.step, args.steps):
+        clock = [time.time()]
+        order = shuffled(len(questions), args.seed, step // per_epoch)
+        at = step % per_epoch * args.rollout_batch_size
+        chosen = [questions[i] for i in order[at : at + args.rollout_batch_size]]
+        prompts, key = [ids for ids, _ in chosen], f"{args.seed}/{step}"
+        noise = GumbelNoise(key, args.temperature, mine, len(prompts), device)
+        responses = gather_lists(sample_responses(engine, prompts[mine], noise, tokenizer, args, device), world)
+        answers = [Answer(messages, response) for (_, messages), response in zip(chosen, responses, strict=True)]
+        clock.append(time.time())
+
+        partners = tau_partners([answer.key for answer in answers], tau_pairs, key)
+        turns = [
+            render(tokenizer, [answers[j] for j in partners[i]] + [answers[i]], tau_tokens) for i in range(len(answers))
+        ]
+        width = max(map(len, responses))
+        rows = list(zip(prompts, responses, turns, strict=True))[mine]
+        scores = score_rollout(engine, frozen, rows, width, tokenizer.pad_token_id, args, device)
+        old_logp, ref_logp, values = (gather_rows(x, world) for x in scores)
+        lengths = torch.tensor([len(response) for response in responses], device=device)
+        mask = torch.arange(width, device=device) < lengths[:, None]
+        kl = old_logp - ref_logp
+        advantage = advantages(
+            values, kl, mask, advantage=args.advantage, discount=args.discount, lam=args.lam,
+            kl_coef=run.state["kl_coef"] if args.kl_in == "reward" else 0.0,
+        )  # fmt: skip
+        clock.append(time.time())
+
+        loss_sum, clipped_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+        for epoch in range(args.ppo_epochs):
+            shuffle = shuffled(len(answers), args.seed, f"{step}/{epoch}")
+            for first in range(0, len(answers), args.batch_size):
+                batch = [(prompts[i], responses[i], i) for i in shuffle[first : first + args.batch_size]]
+                tokens = sum(len(response) for _, response, _ in batch)
+                update = ((step * args.ppo_epochs + epoch) * len(answers) + first) // args.batch_size
+                engine.set_rate(args.learning_rate * schedule(update, 1, args.warmup_steps, "constant"))
+                for micro in micro_batches(batch, rank, world, args):
+                    inputs = collate([row[:2] for row in micro], tokenizer.pad_token_id).to(device)
+                    index, cut = torch.tensor([i for *_, i in micro], device=device), inputs.response_mask.shape[1]
+                    old, ref, adv = (x[index, :cut] for x in (old_logp, ref_logp, advantage))
+                    logp = engine(inputs, args.temperature)
+                    loss, clipped = dvpo_loss(logp, old, adv, inputs.response_mask, tokens, clip=args.clip)
+                    if args.kl_in == "loss":
+                        loss = loss + run.state["kl_coef"] * kl_loss(logp, ref, inputs.response_mask, tokens)
+                    engine.backward(loss)
+                    loss_sum += loss.detach()
+                    clipped_sum += clipped
+                grad_norm = engine.step()
+        clock.append(time.time())
+
+        kl_mean = (kl * mask).sum() / len(answers)
+        if args.kl_target:
+            run.state["kl_coef"] = kl_controller(
+                run.state["kl_coef"],
+                float(kl_mean),
+                target=args.kl_target,
+                episodes=len(answers),
+                horizon=args.kl_horizon,
+            )
+        tokens, q = mask.sum(), values[:, 1:]
+        spread = ((q - (q * mask).sum() / tokens).square() * mask).sum() / tokens
+        rollout, scoring, updating = (round(b - a, 4) for a, b in zip(clock, clock[1:], strict=False))
+        metrics = {
+            "value": (q.gather(1, lengths[:, None] - 1)).mean(),  # Q_T: the GVM's estimate of the standardised reward
+            "kl": kl_mean,
+            "kl_coef": run.state["kl_coef"],
+            "entropy": -(old_logp * mask).sum() / tokens,
+            "credit_share": (increments(values, mask, discount=args.discount).square().sum() / tokens) / spread,
+            "length": lengths.float().mean(),
+            "eos_share": sum(r[-1] in policy.ends for r in responses) / len(responses),
+            "loss": all_sum(loss_sum) / args.ppo_epochs / (len(answers) / args.batch_size),
+            "clipped_share": all_sum(clipped_sum) / tokens / args.ppo_epochs,
+            "grad_norm": grad_norm,
+            "rollout_seconds": rollout,
+            "scoring_seconds": scoring,
+            "update_seconds": updating,
+        }
+        texts = [tokenizer.decode([t for t in r if t not in policy.ends]) for r in responses]
+        if args.data == "toy":  # for the learning curve: nothing above has seen it
+            import toy
+
+            metrics["gold"] = sum(
+                toy.gold(a.prompt[-1]["content"], t) for a, t in zip(answers, texts, strict=True)
+            ) / len(texts)
+        run.log(metrics)
+        if rank == 0 and run.step % 10 == 1:
+            with open(run.folder / "samples.jsonl", "a") as file:
+                for answer, text in list(zip(answers, texts, strict=True))[:4]:
+                    file.write(json.dumps({"step": run.step, "prompt": answer.prompt, "response": text}) + "\n")
+    if model is shared:  # leave the GVM's parts out of the saved policy
+        shared.delete_adapter("gvm")
+        del plain(shared).score
+    return run.finish(model, tokenizer)
+
+
+def main(argv=None):
+    train(parse_args(Args, PRESETS, argv, __doc__))
+
+
+# ====================================================================================================================
+# Plumbing: data, models, engine, run folder. The same text in every script (tests/test_copies.py).
+# ====================================================================================================================
+
+
+# Copied from sft.stop
+def stop(message: str):
+    """A user's mistake: one line that says what to do, exit code 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Copied from sft.parse_args
+def parse_args(args_class, presets, argv=None, doc=""):
+    """`[PRESET] [--flag value ...]`: a preset is a named set of defaults."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = args_class()
+    if argv and not argv[0].startswith("-"):
+        name = argv.pop(0)
+        if name not in presets:
+            stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
+        default = presets[name]
+    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
+    return tyro.cli(args_class, args=argv, default=default, description=description, use_underscores=True)
+
+
+# Copied from sft.init_distributed
+def init_distributed(args):
+    """(rank, world size, device). Several processes come from torchrun; one process with ZeRO stage 0 needs none of it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if (world > 1 or args.zero_stage) and not dist.is_initialized():
+        import deepspeed
+
+        for name, value in {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 29541,
+        }.items():
+            os.environ.setdefault(name, str(value))
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30), verbose=False)
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+# Copied from sft.all_sum
+def all_sum(x):
+    """Sum over ranks, for logging."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+# Copied from sft.shuffled
+def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+# Copied from sft.schedule
+def schedule(step: int, total: int, warmup: int, kind: str) -> float:
+    """The factor on the learning rate: linear warm-up, then `constant`, `linear` or `cosine` to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
+
+
+# Copied from sft.load_rows
+def load_rows(name: str, split: str, kind: str, seed: int = 0):
+    """Rows of `toy`, local files and hub datasets (comma-separated), in this project's column names, each with its place."""
+    if "," in name:
+        return [row for part in name.split(",") for row in load_rows(part.strip(), split, kind, seed)]
+    part = re.fullmatch(r"(\w+)(?:\[(\d*)(%?):(\d*)(%?)\])?", split)
+    if not part:
+        stop(f"--split {split!r} is not understood: write train, train[:30%] or train[2000:4000]")
+    if name == "toy":
+        import toy
+
+        raw = [(row, f"toy row {i + 1}") for i, row in enumerate(toy.rows(kind, seed))]
+    elif Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet") or Path(name).is_file():
+        raw = [(row, where) for row, where in read_file(Path(name)) if str(row.get("split", part[1])) == part[1]]
+    else:
+        import datasets
+
+        try:
+            raw = [(row, f"{name} row {i + 1}") for i, row in enumerate(datasets.load_dataset(name, split=part[1]))]
+        except Exception as error:  # the hub's many ways to fail: not found, gated, no network, no such split
+            stop(f"cannot load {name!r} (split {part[1]}): {str(error).splitlines()[0]} "
+                 "Give a local .json/.jsonl(.gz)/.parquet file, a dataset on the hub that you can reach, or `toy`")  # fmt: skip
+    start, end = (
+        int(len(raw) * int(value) / 100) if percent else int(value) if value else default
+        for value, percent, default in ((part[2], part[3], 0), (part[4], part[5], len(raw)))
+    )
+    return [(canonical(row, where), where) for row, where in raw[start:end]]
+
+
+# Copied from sft.read_file
+def read_file(path: Path):
+    if not path.is_file():
+        stop(f"{path} does not exist: --data takes a .json/.jsonl(.gz)/.parquet file, a hub name, or `toy`")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return [(row, f"{path} row {i + 1}") for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
+    text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
+    whole = text.lstrip().startswith("[")
+    rows = []
+    try:
+        lines = json.loads(text) if whole else text.splitlines()
+    except ValueError as error:
+        stop(f"{path} is not valid JSON ({error}): mend the file")
+    for i, line in enumerate(lines):
+        if not whole and not line.strip():
+            continue
+        try:
+            row = line if whole else json.loads(line)
+        except ValueError as error:
+            stop(f"{path} row {i + 1} is not valid JSON ({error}): mend or remove the line")
+        if not isinstance(row, dict):
+            stop(f"{path} row {i + 1} is not a JSON object: each row needs named fields such as prompt")
+        rows.append((row, f"{path} row {i + 1}"))
+    return rows
+
+
+# Copied from sft.canonical
+def canonical(row: dict, where: str) -> dict:
+    """One row in this project's names: prompt, completion, chosen, rejected, responses [{text, score, policy}].
+
+    Maps UltraFeedback (binarized: chosen/rejected message lists; original: instruction, completions), HH (transcripts
+    without prompt) and TL;DR (prompt, completion)."""
+    row = dict(row)
+    for field in ("completion", "chosen", "rejected", "messages"):
+        value = row.get(field)
+        if isinstance(value, list):
+            if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
+                stop(f"{where}: field {field} is not a list of {{role, content}} messages")
+            if len(value) > 1 or field == "messages":
+                row["prompt"] = value[:-1]
+            row["completion" if field == "messages" else field] = value[-1]["content"]
+    if "prompt" not in row and isinstance(row.get("chosen"), str) and "\n\nAssistant:" in row["chosen"]:
+        for field in ("rejected", "chosen"):
+            head, _, row[field] = row[field].rpartition("\n\nAssistant:")
+            row["prompt"] = head + "\n\nAssistant:"
+    if "instruction" in row and "completions" in row:
+        row["prompt"] = row["instruction"]
+        row["responses"] = [
+            {"text": c["response"], "score": c.get("fine-grained_score") or c["overall_score"], "policy": c["model"]}
+            for c in row["completions"]
+        ]
+    return row
+
+
+# Copied from sft.encode
+def encode(tokenizer, row: dict, field: str | None, where: str, args):
+    """(prompt ids, response ids with EOS) of a row; (None, None) for a long prompt under --drop_long_prompts.
+
+    The prompt is rendered by the chat template up to where the assistant begins; the response is the text's own tokens
+    and the EOS, cut (and then without EOS) at --max_response_tokens."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not prompt or not isinstance(prompt, list):
+        stop(f"{where}: field prompt is missing, or neither a string nor a list of messages")
+    try:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates raise what they like for roles they do not know
+        stop(f"{where}: the chat template does not take field prompt: {error}")
+    if len(ids) > args.max_prompt_tokens:
+        if args.drop_long_prompts:
+            return None, None
+        stop(f"{where}: field prompt has {len(ids)} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}: "
+             "raise it, shorten the prompt, or leave such rows out with --drop_long_prompts")  # fmt: skip
+    if field is None:
+        return ids, []
+    text = row.get("chosen") if field == "completion" and field not in row else row.get(field)
+    if not isinstance(text, str):
+        stop(f"{where}: field {field} is missing or not text")
+    response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return ids, response[: args.max_response_tokens]
+
+
+# Copied from sft.Batch
+@dataclass
+class Batch:
+    """Sequences [prompt | response | padding]. Causal models need no attention mask for padding on the right."""
+
+    input_ids: torch.Tensor  # (B, L)
+    predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
+    target: torch.Tensor  # (N,) those response tokens
+    cell: torch.Tensor  # (N,) their flat positions in (B, T)
+    response_mask: torch.Tensor  # (B, T) bool
+
+    def to(self, device):
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+
+
+# Copied from sft.collate
+def collate(rows, pad_token_id: int) -> Batch:
+    """Batch of (prompt ids, response ids) pairs. Masks come from lengths: pad may equal EOS."""
+    length = max(len(p) + len(r) for p, r in rows)
+    width = max(1, *(len(r) for _, r in rows))
+    input_ids = torch.full((len(rows), length), pad_token_id)
+    predict, target, cell = [], [], []
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(rows):
+        input_ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        predict.extend(range(i * length + len(prompt) - 1, i * length + len(prompt) + len(response) - 1))
+        cell.extend(range(i * width, i * width + len(response)))
+        target.extend(response)
+        mask[i, : len(response)] = True
+    return Batch(input_ids, *(torch.tensor(x, dtype=torch.long) for x in (predict, target, cell)), mask)
+
+
+# Copied from sft.micro_batches
+def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
+    """This rank's micro-batches of one optimizer step, of (prompt, response, ...) rows.
+
+    Every rank gets the same number. Rows are sorted by length so that a micro-batch pads little; missing rows are filled
+    with a prompt whose response is empty, so it has no token in any loss."""
+    size = world * args.micro_batch_size
+    rows = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
+    rows = [(rows[0][0], [], *rows[0][2:])] * (math.ceil(args.batch_size / size) * size - len(rows)) + rows
+    return [rows[at + rank : at + size : world] for at in range(0, len(rows), size)]
+
+
+# Copied from sft.PLAIN_TEMPLATE
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}\n"
+    "{% else %}{{ m.role | capitalize }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+# Copied from sft.missing
+def missing(name: str, command: str = ""):
+    """Stop if `name` reads as a local folder that is not there."""
+    if name.startswith(("runs/", "./", "../", "/")) and not Path(name, "config.json").is_file():
+        stop(f"{name} is not a model folder" + (f": run `{command}` first, or name another" if command else ""))
+
+
+# Copied from sft.load_tokenizer
+def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    if name == "toy":
+        import toy
+
+        return toy.tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        stop(f"cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}")
+    if chat_template:
+        if chat_template != "plain" and not Path(chat_template).is_file():
+            stop(f"--chat_template {chat_template} does not exist: give a Jinja file, or `plain`")
+        tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
+    if chat and not tokenizer.chat_template:
+        stop(
+            f"{name} has no chat template: train it with `python sft.py --model {name} --chat_template plain` (or a Jinja file)"
+        )
+    if chat and tokenizer.eos_token_id is None:
+        stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths
+    return tokenizer
+
+
+# Copied from sft.load_model
+def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
+    """A stock Hugging Face model: `causal`, `value` (token classification) or `reward` (sequence classification).
+
+    Trained weights are fp32 (bf16 products by autocast, or DeepSpeed's bf16 with fp32 master weights); frozen ones, and
+    the base of LoRA, are bf16 under --bf16."""
+    import transformers
+    from transformers import AutoConfig
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    auto = {
+        "causal": "AutoModelForCausalLM",
+        "value": "AutoModelForTokenClassification",
+        "reward": "AutoModelForSequenceClassification",
+    }
+    auto = getattr(transformers, auto[kind])
+    extra = {} if kind == "causal" else {"num_labels": 1}
+    dtype = torch.bfloat16 if args.bf16 and (frozen or args.lora_r) else torch.float32
+    if name == "toy":
+        import toy
+
+        model = auto.from_config(toy.config(**extra), attn_implementation=args.attention, dtype=dtype)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **extra)
+            if kind == "value":
+                config.classifier_dropout = 0.0
+            model = auto.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation=args.attention,
+                trust_remote_code=args.trust_remote_code,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if kind == "causal":  # a hub model's sampling defaults (top-k, penalties, ...) would bias rollouts
+        ends = model.generation_config.eos_token_id
+        ends = sorted(
+            {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
+        )
+        model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if args.gradient_checkpointing and not frozen:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if frozen:
+        model.requires_grad_(False).eval()
+    return model
+
+
+# Copied from sft.lora_config
+def lora_config(model, args, head: str | None = None):
+    """LoRA on every linear layer of the backbone; `head` is trained in full and saved with the adapter."""
+    from peft import LoraConfig
+
+    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    targets = sorted(names - {"lm_head", "score", "classifier", "pooler", "dense_head"})
+    return LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets,
+        modules_to_save=[head] if head else None,
+    )  # fmt: skip
+
+
+# Copied from sft.add_lora
+def add_lora(model, args, head: str | None = None):
+    from peft import get_peft_model
+
+    model.enable_input_require_grads()  # for gradient checkpointing: the embeddings are frozen
+    return get_peft_model(model, lora_config(model, args, head))
+
+
+# Copied from sft.plain
+def plain(model):
+    """The Hugging Face model inside a LoRA wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# Copied from sft.Policy
+class Policy(torch.nn.Module):
+    """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked.
+
+    Only response positions go through the LM head, inside the head's own forward: there ZeRO-3 has gathered its weight."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        ends = plain(model).generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+        head = plain(model).get_output_embeddings()
+        plain_forward = head.forward
+        softcap = getattr(plain(model).config, "final_logit_softcapping", None)
+
+        def forward(hidden, target=None, temperature=1.0):
+            if target is None:
+                return plain_forward(hidden)
+            return linear_logprob(hidden, head.weight, target, bias=head.bias, temperature=temperature, softcap=softcap)
+
+        head.forward = forward
+
+    def forward(self, batch: Batch, temperature: float = 1.0):
+        hidden = plain(self.model).get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, batch.predict)
+        logp = plain(self.model).get_output_embeddings()(hidden, batch.target, temperature)
+        flat = logp.new_zeros(batch.response_mask.numel())
+        return flat.index_copy(0, batch.cell, logp).view(batch.response_mask.shape)
+
+
+# Copied from sft.Engine
+class Engine:
+    """Backward passes and optimizer steps. One process with ZeRO stage 0 is plain torch; anything else is DeepSpeed.
+
+    Losses are already divided by the whole step's token count, so gradients are *summed* over micro-batches and ranks:
+    DeepSpeed's means over both are undone."""
+
+    def __init__(self, module, args, world: int):
+        self.module, self.args, self.world, self.deepspeed = module, args, world, None
+        self.micro_steps = math.ceil(args.batch_size / (world * args.micro_batch_size))
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        plain_torch = world == 1 and not args.zero_stage
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=plain_torch or None
+        )
+        if plain_torch:
+            return
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": args.micro_batch_size,
+            "gradient_accumulation_steps": self.micro_steps,
+            "gradient_clipping": args.max_grad_norm,
+            "zero_optimization": {"stage": args.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": args.bf16},
+            "steps_per_print": 10**9,
+        }
+        self.deepspeed, self.optimizer, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+
+    def __call__(self, *inputs, **options):
+        if self.deepspeed:
+            return self.deepspeed(*inputs, **options)
+        with self.autocast():
+            return self.module(*inputs, **options)
+
+    def autocast(self):
+        """bf16 products for fp32 weights; DeepSpeed casts the weights themselves."""
+        device = next(self.module.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.args.bf16 and not self.deepspeed)
+
+    def set_rate(self, rate: float):
+        """The learning rate of the coming step; call it before the step's first `backward`."""
+        self.rate = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def backward(self, loss):
+        if self.deepspeed:
+            self.deepspeed.backward(loss * (self.world * self.micro_steps))
+            self.deepspeed.step()  # acts once all of the step's micro-batches are in
+        else:
+            loss.backward()
+
+    def step(self):
+        """Returns the gradient's global norm before clipping."""
+        if self.deepspeed:
+            return self.deepspeed.get_global_grad_norm()
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.args.max_grad_norm or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self, folder: Path):
+        if self.deepspeed:
+            self.deepspeed.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+        else:
+            weights = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+            torch.save({"weights": weights, "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
+
+    def load(self, folder: Path):
+        if self.deepspeed:
+            self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        else:
+            saved = torch.load(folder / "engine.pt", weights_only=True)
+            self.module.load_state_dict(saved["weights"], strict=False)
+            self.optimizer.load_state_dict(saved["optimizer"])
+
+    def gathered(self):
+        """Inside this context every rank sees whole weights (ZeRO-3 keeps them in parts)."""
+        if not (self.deepspeed and self.args.zero_stage == 3):
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.module.parameters()))
+
+
+# Copied from sft.Run
+class Run:
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, final/, summary.json."""
+
+    def __init__(self, args, engine: Engine, rank: int, total: int, started: float, bar=("loss",)):
+        self.args, self.engine, self.rank, self.started, self.bar_keys = args, engine, rank, started, bar
+        self.folder, self.step, self.pending, self.state, self.board = Path(args.output_dir), 0, [], {}, None
+        if rank == 0:
+            if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
+                aside = next(p for p in (Path(f"{self.folder}.{i}") for i in range(1, 10**6)) if not p.exists())
+                self.folder.rename(aside)
+                print(f"{self.folder} held an earlier run: moved to {aside}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+            if importlib.util.find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.folder)
+        self.bar = tqdm(total=total, desc=Path(sys.argv[0]).stem, disable=rank > 0, dynamic_ncols=True)
+
+    def restore(self):
+        """With --resume: weights, optimizer, generators and loop state of the last whole checkpoint."""
+        found = sorted(self.folder.glob("checkpoints/step_*[0-9]")) if self.args.resume else []
+        kept = []
+        if found:
+            self.engine.load(found[-1])
+            saved = torch.load(found[-1] / f"rank_{self.rank}.pt", weights_only=True)
+            torch.set_rng_state(saved["cpu"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(saved["cuda"])
+            self.step, self.state = saved["step"], saved["state"]
+            self.bar.update(self.step)
+        metrics = self.folder / "metrics.jsonl"
+        if self.rank == 0 and metrics.exists():  # steps after the checkpoint will be taken again
+            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            metrics.write_text("".join(line + "\n" for line in kept))
+
+    def log(self, metrics: dict):
+        """End of a step. Tensors are read back every tenth step only, so that the device is not waited for."""
+        self.step += 1
+        self.pending.append({"step": self.step, "seconds": round(time.time() - self.started, 3), **metrics})
+        self.bar.update()
+        save = self.args.save_every and self.step % self.args.save_every == 0
+        if save or self.step % 10 == 0:
+            self.flush()
+        if save:
+            self.checkpoint()
+
+    def flush(self):
+        rows = [{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in self.pending]
+        self.pending = []
+        if self.rank or not rows:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows if self.board else ():
+            for key, value in row.items():
+                self.board.add_scalar(key, value, row["step"])
+        self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys})
+
+    def checkpoint(self):
+        """Written under a temporary name and renamed when whole; the one before is then removed."""
+        final = self.folder / "checkpoints" / f"step_{self.step:07d}"
+        part = final.with_suffix(".part")
+        part.mkdir(parents=True, exist_ok=True)
+        self.engine.save(part)
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state()
+        torch.save({"step": self.step, "state": self.state, **generators}, part / f"rank_{self.rank}.pt")
+        barrier()
+        if self.rank == 0:
+            part.rename(final)
+            for old in final.parent.iterdir():
+                if old != final:
+                    shutil.rmtree(old)
+        barrier()
+
+    def finish(self, model, tokenizer, **summary) -> Path:
+        """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter)."""
+        self.flush()
+        final, part = self.folder / "final", self.folder / "final.part"
+        with self.engine.gathered():
+            if self.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+                if model is not plain(model):
+                    model.save_pretrained(part / "adapter")
+                    model = model.merge_and_unload()
+                model.save_pretrained(part)
+                tokenizer.save_pretrained(part)
+                shutil.rmtree(final, ignore_errors=True)
+                part.rename(final)
+        seconds = time.time() - self.started
+        memory = (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        summary = {"steps": self.step, "seconds": round(seconds, 1), "peak_memory_mb": round(memory / 2**20), **summary}
+        self.bar.close()
+        if self.rank == 0:
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            print(
+                f"{final}: "
+                + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
+            )
+        barrier()
+        return final
+
+
+# Copied from sft.barrier
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# Copied from gvm.Answer
+@dataclass
+class Answer:
+    """A graded response. `prompt` is a list of chat messages; `response` ids end in EOS unless cut."""
+
+    prompt: list
+    response: list[int]
+    score: float = math.nan
+    policy: str | None = None
+
+    def __post_init__(self):
+        self.key = json.dumps(self.prompt)
+
+
+# Copied from gvm._turns
+_turns = {}
+
+
+# Copied from gvm.turn
+def turn(tokenizer, prompt: list, system: list, first: bool) -> list[int]:
+    """Ids of a prompt as the chat template renders it: as the `first` turn, or after an earlier answer and its EOS.
+
+    A later turn is what stands behind a marker answer. `system` messages open the conversation and are x's own."""
+    key = (id(tokenizer), json.dumps(prompt), json.dumps(system), first)
+    if key not in _turns:
+        messages = [m for m in prompt if m["role"] != "system"]
+        if first:
+            _turns[key] = tokenizer.apply_chat_template(
+                system + messages, add_generation_prompt=True, return_dict=False
+            )
+        else:
+            marker = "ANSWERMARKER"
+            before = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": marker}]
+            text = tokenizer.apply_chat_template(before + messages, add_generation_prompt=True, tokenize=False)
+            text = text.partition(marker)[2].lstrip(" ").removeprefix(tokenizer.eos_token)  # the answer brings its EOS
+            _turns[key] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _turns[key]
+
+
+# Copied from gvm.shorten
+def shorten(tokenizer, prompt: list, limit: int) -> list:
+    """The prompt's messages, the last cut to `limit` tokens if it is longer."""
+    ids = tokenizer(prompt[-1]["content"], add_special_tokens=False)["input_ids"]
+    return prompt if len(ids) <= limit else [prompt[-1] | {"content": tokenizer.decode(ids[:limit])}]
+
+
+# Copied from gvm.render
+def render(tokenizer, group: list[Answer], tau_tokens: int) -> list[tuple[list[int], list[int]]]:
+    """[(prompt ids, response ids), ...] of the conversation [tau ; x ; y]; the last answer is y, whole."""
+    system = [m for m in group[-1].prompt if m["role"] == "system"]
+    share = tau_tokens // max(1, len(group) - 1)
+    turns = []
+    for i, answer in enumerate(group):
+        if answer is group[-1]:
+            turns.append((turn(tokenizer, answer.prompt, system, i == 0), answer.response))
+        else:
+            ids = turn(tokenizer, shorten(tokenizer, answer.prompt, share // 2), system, i == 0)
+            turns.append((ids, answer.response[: max(1, share - len(ids))]))
+    return turns
+
+
+# Copied from gvm.ValueBatch
+@dataclass
+class ValueBatch:
+    """Conversations in rows of input_ids, and where the values of R responses are read."""
+
+    input_ids: torch.Tensor  # (B, L), right-padded: a causal model needs no mask
+    position: torch.Tensor  # (R, T+1) flat positions in (B, L): last prompt token, y_1 .. y_T; 0 where masked
+    mask: torch.Tensor  # (R, T+1) bool
+
+    def to(self, device):
+        return ValueBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+
+
+# Copied from gvm.collate_values
+def collate_values(rows: list[list[tuple[list[int], list[int]]]], pad_token_id: int, every: bool) -> ValueBatch:
+    """rows of (prompt ids, response ids) turns; values of `every` answer, or of each row's last."""
+    spans, length = [], max(sum(len(p) + len(r) for p, r in turns) for turns in rows)
+    input_ids = torch.full((len(rows), length), pad_token_id)
+    for i, turns in enumerate(rows):
+        ids = []
+        for j, (prompt, response) in enumerate(turns):
+            ids += prompt
+            if every or j == len(turns) - 1:
+                spans.append((i * length + len(ids) - 1, len(response)))
+            ids += response
+        input_ids[i, : len(ids)] = torch.tensor(ids)
+    offset = torch.arange(1 + max(size for _, size in spans))
+    start, size = torch.tensor(spans).T[:, :, None]
+    mask = (offset <= size) & (size > 0)
+    return ValueBatch(input_ids, torch.where(mask, start + offset, 0), mask)
+
+
+# Copied from gvm.ValueModel
+class ValueModel(torch.nn.Module):
+    """A token-classification model that returns values at the asked positions only: (R, T+1) fp32, 0 where masked."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: ValueBatch):
+        model = plain(self.model)
+        backbone = getattr(model, model.base_model_prefix)
+        hidden = backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, batch.position.flatten())
+        return model.score(hidden).float().view(batch.position.shape) * batch.mask
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Measure a demo folder of the toy world, where truth is known: runs/demo/*/final -> runs/demo/results.json.
+
+    python eval/demo.py runs/demo
+
+Every policy found there (any run folder with a causal model) is sampled on the held-out prompts and graded by the gold
+reward, which no training has seen. The GVM (`gvm`, and `gvm_no_tau` if there) is compared, token by token, with the exact
+values of the policies that wrote held-out texts, given a trajectory of the right policy and one of another policy. Two
+yardsticks stand beside it: the best predictor that knows only the token's position, and the Bayes-optimal predictor that
+knows all policies exactly and infers from tau and prefix which one is writing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dvpo
+import gvm
+import toy
+
+SAMPLES = 8  # responses per held-out prompt
+TEXTS = 60  # texts per policy for grading a GVM
+
+
+def interval(per_prompt) -> list[float]:
+    """95 % interval of the mean over prompts, by the normal approximation."""
+    half = 1.96 * np.std(per_prompt, ddof=1) / np.sqrt(len(per_prompt))
+    return [float(np.mean(per_prompt) - half), float(np.mean(per_prompt) + half)]
+
+
+class Wrapped:
+    """A loaded policy in the shape that dvpo's rollout and scoring expect of an engine."""
+
+    def __init__(self, folder, tokenizer, args):
+        self.module = dvpo.Policy(dvpo.load_model("causal", str(folder), tokenizer, args, frozen=True))
+        self.args, self.deepspeed = args, None
+
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+
+def sample(folder, tokenizer, args, seed: str = "evaluation"):
+    """(policy, prompts, prompt ids, response ids): SAMPLES responses to each held-out prompt, at temperature 1."""
+    policy = Wrapped(folder, tokenizer, args)
+    prompts = [prompt for prompt in toy.prompts("heldout") for _ in range(SAMPLES)]
+    ids = [dvpo.encode(tokenizer, {"prompt": prompt}, None, prompt, args)[0] for prompt in prompts]
+    noise = dvpo.GumbelNoise(seed, 1.0, slice(None), len(ids), "cpu")
+    return policy, prompts, ids, dvpo.sample_responses(policy, ids, noise, tokenizer, args, torch.device("cpu"))
+
+
+def log_probs(policy, ids, responses, tokenizer):
+    """(B,) sums of log-probabilities of the responses."""
+    with torch.no_grad():
+        parts = [
+            policy.module(
+                dvpo.collate(list(zip(ids[at : at + 256], responses[at : at + 256])), tokenizer.pad_token_id)
+            ).sum(1)
+            for at in range(0, len(ids), 256)
+        ]
+    return torch.cat(parts).numpy().astype(float)
+
+
+def grade_policy(folder, reference, tokenizer, args) -> dict:
+    policy, prompts, ids, responses = sample(folder, tokenizer, args)
+    texts = [
+        tokenizer.decode(r[:-1] if r[-1] == tokenizer.eos_token_id else r + [tokenizer.unk_token_id]) for r in responses
+    ]
+    golds = np.array([toy.gold(p, t) for p, t in zip(prompts, texts, strict=True)])
+    kl = log_probs(policy, ids, responses, tokenizer) - log_probs(reference, ids, responses, tokenizer)
+    per_prompt = golds.reshape(-1, SAMPLES).mean(1)
+    return {
+        "gold": {"mean": float(golds.mean()), "ci95": interval(per_prompt), "std": float(golds.std())},
+        "malformed": float(np.mean([toy.parse(p, t)[0] for p, t in zip(prompts, texts, strict=True)])),
+        "clauses": float(np.mean([toy.parse(p, t)[1] for p, t in zip(prompts, texts, strict=True)])),
+        "kl": float(kl.mean()),
+        "length": float(np.mean([len(r) for r in responses])),
+    }
+
+
+def value_texts(policies, seed: int = 0):
+    """(policy, prompt, text, tau of the same policy, tau of another): TEXTS on held-out prompts of each policy; up to
+    four pairs in a tau, on other held-out prompts."""
+    rng = random.Random(seed)
+    out = []
+    for policy in policies:
+        for prompt in rng.sample(toy.prompts("heldout"), TEXTS):
+            others = [p for p in rng.sample(toy.prompts("heldout"), 5) if p != prompt][:4]
+            other = rng.choice([p for p in policies if p != policy])
+            out.append((policy, prompt, toy.write(policy, prompt, rng),
+                        [(p, toy.write(policy, p, rng)) for p in others], [(p, toy.write(other, p, rng)) for p in others]))  # fmt: skip
+    return out
+
+
+def fit(pairs) -> dict:
+    """Correlation and mean squared error of (prediction, truth) token values, over all tokens and over the first three."""
+    found = {}
+    for name, cut in (("all", None), ("first3", 3)):
+        a, b = (np.concatenate([x[i][:cut] for x in pairs]) for i in (0, 1))
+        correlation = float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 else 0.0
+        found[name] = {"correlation": correlation, "mse": float(np.mean((a - b) ** 2))}
+    return found
+
+
+def gvm_values(folder, cases, tokenizer, args):
+    """[(T,) values in gold units, ...] of cases (prompt, text, tau)."""
+    model = gvm.load_model("value", str(folder), tokenizer, args, frozen=True)
+    mean, std, tokens = model.config.reward_mean, model.config.reward_std, model.config.tau_tokens
+
+    def answer(prompt, text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return gvm.Answer([{"role": "user", "content": prompt}], ids)
+
+    groups = [[answer(*pair) for pair in tau] + [answer(prompt, text)] for prompt, text, tau in cases]
+    settings = gvm.Args(tau_tokens=tokens)
+    return [
+        v[1:] * std + mean for v in gvm.predict(gvm.ValueModel(model), tokenizer, groups, settings, torch.device("cpu"))
+    ]
+
+
+def grade_gvm(folder, tokenizer, args, policies=toy.TRAIN_POLICIES) -> dict:
+    texts = value_texts(policies)
+    config = json.loads((Path(folder) / "config.json").read_text())
+    pairs = config["tau_pairs"]
+    exact = [toy.exact_values(policy, prompt, text.split() + [toy.EOS])[1:] for policy, prompt, text, *_ in texts]
+    found = {}
+    for name, which in (("right_tau", 3), ("other_tau", 4), ("no_tau", None)):
+        if which and not pairs:
+            continue
+        cases = [(row[1], row[2], row[which][:pairs] if which else []) for row in texts]
+        found[name] = fit(list(zip(gvm_values(folder, cases, tokenizer, args), exact, strict=True)))
+    return found
+
+
+def yardsticks(pairs: int, policies=toy.TRAIN_POLICIES) -> dict:
+    texts = value_texts(policies)
+    exact = [toy.exact_values(policy, prompt, text.split() + [toy.EOS])[1:] for policy, prompt, text, *_ in texts]
+    by_position = [np.mean([x[t] for x in exact if len(x) > t]) for t in range(max(map(len, exact)))]
+    bayes = {
+        name: [toy.bayes_values(row[1], row[2].split() + [toy.EOS], row[3][:k])[1:] for row in texts]
+        for name, k in (("bayes_tau", pairs), ("bayes_no_tau", 0))
+    }
+    guesses = {"position": [np.array(by_position[: len(x)]) for x in exact]} | bayes
+    return {name: fit(list(zip(guess, exact, strict=True))) for name, guess in guesses.items()}
+
+
+def main(argv=None):
+    folder = Path((argv or sys.argv[1:] or ["runs/demo"])[0])
+    if not (folder / "sft" / "final" / "config.json").is_file():
+        gvm.stop(f"{folder} holds no demo: run `make demo` first")
+    args = dvpo.Args(max_response_tokens=toy.MAX_RESPONSE_TOKENS, max_prompt_tokens=64)
+    tokenizer = toy.tokenizer()
+    summary = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/summary.json")}
+    reference = Wrapped(folder / "sft" / "final", tokenizer, args)
+    results = {"methods": {}}
+    for run in sorted(folder.glob("*/final/config.json"), key=lambda p: p.stat().st_mtime):
+        name, config = run.parent.parent.name, json.loads(run.read_text())
+        if config["architectures"] != ["LlamaForCausalLM"]:
+            continue
+        row = grade_policy(run.parent, reference, tokenizer, args)
+        needed = {"sft": ["sft"]}.get(name, ["sft", "gvm", name])
+        row["seconds"] = round(sum(summary[stage]["seconds"] for stage in needed), 1)
+        row["peak_memory_mb"] = summary[name]["peak_memory_mb"]
+        results["methods"][name] = row
+    results["seconds"] = {name: s["seconds"] for name, s in summary.items()}
+    for name in ("gvm", "gvm_no_tau"):
+        if (folder / name / "final").is_dir():
+            results[name] = grade_gvm(folder / name / "final", tokenizer, args)
+            results[name]["held_out_policies"] = grade_gvm(
+                folder / name / "final", tokenizer, args, toy.HELD_OUT_POLICIES
+            )
+    if "gvm" in results:
+        pairs = json.loads((folder / "gvm" / "final" / "config.json").read_text())["tau_pairs"]
+        results["gvm"]["yardsticks"] = yardsticks(pairs)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    for name, row in results["methods"].items():
+        low, high = row["gold"]["ci95"]
+        print(f"{name:14} gold {row['gold']['mean']:6.3f} [{low:.3f}, {high:.3f}]  malformed {row['malformed']:.1%}  "
+              f"KL {row['kl']:.2f}  tokens {row['length']:.1f}  {row['seconds']:.0f} s")  # fmt: skip
+    print(f"{folder / 'results.json'} written")
+
+
+if __name__ == "__main__":
+    main()

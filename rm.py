@@ -1,0 +1,842 @@
+"""Reward model (RM): a sentence-level score r(x, y) learned from comparisons, the teacher of PPO and VCB.
+
+    L = -log sigmoid(r(x, y_w) - r(x, y_l))                    Bradley-Terry; VCB eq. 18             `reward_loss`
+
+Pairs are given as `chosen, rejected`, or made from graded rows: every two responses of a prompt with different scores; each
+response is scored once. Stock `AutoModelForSequenceClassification(num_labels=1)`: a decoder (Llama, Mistral, Pythia), which
+reads its own chat template and is scored at its last token *by length*, or an encoder (DeBERTa-v3, the VCB paper's),
+which reads prompt and response as a text pair. Mean and standard deviation of the rewards on the training rows go into
+the saved config (`reward_mean`, `reward_std`), so that users of the model can standardise. Nearest sibling: gvm.py, which
+learns a value for every token from the same rows.
+
+    python rm.py                                                     # CPU: the toy world, from runs/sft/final
+    python rm.py llama3.2-3b --micro_batch_size 1                    # 1 GPU
+    torchrun --nproc_per_node 8 rm.py llama3.2-3b                    # 8 GPUs, the DVPO paper's setting
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import gzip
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    model: str = "runs/sft/final"
+    """where training starts: the SFT model (DVPO paper), or an encoder such as microsoft/deberta-v3-large (VCB paper)"""
+    data: str = "toy"
+    """pairs `prompt, chosen, rejected` or graded rows `prompt, responses: [{text, score}]`; several, comma-separated"""
+    split: str = "train"
+    """the part of the data to read: `train`, `train[30%:80%]`, `train[2000:4000]`"""
+    output_dir: str = "runs/rm"
+    """the run's folder: args.json, metrics.jsonl, checkpoints/, final/"""
+    seed: int = 0
+    """seed of the new head, data order and dropout"""
+    epochs: int = 1
+    """passes over the data (paper: 2)"""
+    steps: int = 0
+    """stop after this many optimizer steps; 0 means all epochs"""
+    learning_rate: float = 5e-4
+    """peak learning rate of AdamW, linear to zero (paper: 2e-5 with LoRA)"""
+    warmup_steps: int = 10
+    """steps of linear warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: float = 1.0
+    """gradient clipping by global norm; 0 turns it off"""
+    batch_size: int = 8
+    """rows (a pair, or all responses of a graded row) per optimizer step, over all ranks (paper: 4)"""
+    micro_batch_size: int = 8
+    """rows per forward pass on one rank"""
+    max_prompt_tokens: int = 64
+    """a longer prompt is an error, or left out with --drop_long_prompts"""
+    max_response_tokens: int = 64
+    """a longer response is cut, and then has no EOS"""
+    drop_long_prompts: bool = False
+    """leave out rows whose prompt is longer than --max_prompt_tokens instead of stopping"""
+    eval_share: float = 0.05
+    """share of the prompts held out for the closing accuracy"""
+    lora_r: int = 0
+    """rank of LoRA adapters on all linear layers (paper: 8); 0 trains all weights"""
+    lora_alpha: int = 32
+    """LoRA's alpha"""
+    lora_dropout: float = 0.1
+    """LoRA's dropout"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage, 0-3; one process with stage 0 needs no DeepSpeed"""
+    bf16: bool = False
+    """bfloat16 matrix products (GPU)"""
+    attention: str = "sdpa"
+    """`sdpa`, `flash_attention_2` (with flash-attn installed) or `eager`"""
+    save_every: int = 0
+    """steps between checkpoints to resume from; 0 writes none"""
+    resume: bool = False
+    """continue from the last checkpoint in --output_dir, bit for bit"""
+    trust_remote_code: bool = False
+    """allow code that comes with a hub model"""
+
+
+_paper = Args(
+    data="openbmb/UltraFeedback", split="train[30%:80%]", epochs=2, learning_rate=2e-5, warmup_steps=0, batch_size=8,
+    micro_batch_size=1, max_prompt_tokens=512, max_response_tokens=512, drop_long_prompts=True, lora_r=8,
+    gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=500,
+)  # fmt: skip
+PRESETS: dict[str, Args] = {
+    "llama3.2-3b": dataclasses.replace(_paper),
+    "llama3-8b": dataclasses.replace(_paper, zero_stage=3),
+    "deberta-v3-large": dataclasses.replace(
+        _paper, model="microsoft/deberta-v3-large", data="Anthropic/hh-rlhf", split="train", lora_r=0, batch_size=32,
+        micro_batch_size=4, learning_rate=1e-5, epochs=1, gradient_checkpointing=False, attention="eager",
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- the mathematics
+
+
+def reward_loss(chosen, rejected, normalizer):
+    """Bradley-Terry, VCB eq. 18. chosen, rejected (P,) fp32 rewards of P pairs, normalizer: pairs in the whole optimizer
+    step. Returns (loss, correctly ordered pairs): both sums over micro-batches and ranks."""
+    return -torch.nn.functional.logsigmoid(chosen - rejected).sum() / normalizer, (chosen > rejected).sum()
+
+
+def ordered_pairs(scores: list[float]) -> list[tuple[int, int]]:
+    """All (better, worse) index pairs of the responses of one prompt; equal scores make no pair."""
+    n = range(len(scores))
+    return [(i, j) for i in n for j in n if scores[i] > scores[j]]
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class Question:
+    """A row: token sequences [prompt ; response] as the model reads them, and the scores that order them."""
+
+    key: str
+    sequences: list[list[int]]
+    scores: list[float]
+
+
+class RewardModel(torch.nn.Module):
+    """A sequence-classification model's scores: (R,) fp32, read at the last token by length (decoder) or as stock."""
+
+    def __init__(self, model, decoder: bool):
+        super().__init__()
+        self.model, self.decoder = model, decoder
+
+    def forward(self, input_ids, lengths):
+        if not self.decoder:
+            mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+            return self.model(input_ids=input_ids, attention_mask=mask.long()).logits.float().squeeze(-1)
+        model = plain(self.model)
+        hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
+        last = torch.arange(len(lengths), device=lengths.device) * input_ids.shape[1] + lengths - 1
+        return model.score(hidden.flatten(0, 1).index_select(0, last)).float().squeeze(-1)
+
+
+def is_decoder(name: str, args) -> bool:
+    """A generative architecture, which reads chats; encoders (BERT, DeBERTa) read text pairs."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto as auto
+
+    try:
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code).model_type
+    except (OSError, ValueError) as error:
+        stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    return kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def distinct_pad(tokenizer):
+    """Stock sequence classification scores the last token that is not pad: with pad = EOS, one too early. Take another."""
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        used = {tokenizer.eos_token, tokenizer.bos_token}
+        spare = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content not in used]
+        if spare:
+            tokenizer.pad_token = next((t for t in spare if "pad" in t.lower()), spare[-1])
+        else:
+            print("warning: the tokenizer has no special token but EOS to pad with: stock pipelines will score the "
+                  "token before EOS. Scripts of this project go by length and are not affected")  # fmt: skip
+
+
+def collate_scored(sequences: list[list[int]], pad_token_id: int, device):
+    """Right-padded (R, L) ids and (R,) lengths."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    input_ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
+    for i, sequence in enumerate(sequences):
+        input_ids[i, : len(sequence)] = torch.tensor(sequence)
+    return input_ids.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def load_questions(tokenizer, decoder: bool, args) -> list[Question]:
+    questions = []
+    for row, where in load_rows(args.data, args.split, "graded", args.seed):
+        if "responses" in row:
+            responses = row["responses"]
+            if not isinstance(responses, list) or not all(isinstance(r, dict) for r in responses):
+                stop(f"{where}: field responses is not a list of {{text, score}}")
+        elif "chosen" in row and "rejected" in row:
+            responses = [{"text": row["chosen"], "score": 1.0}, {"text": row["rejected"], "score": -1.0}]
+        else:
+            stop(f"{where}: no field responses, nor chosen and rejected: rm.py needs pairs or graded responses")
+        sequences, scores = [], []
+        for response in responses:
+            score = response.get("score")
+            if not isinstance(score, (int, float)) or not math.isfinite(score):
+                stop(f"{where}: field score is {score!r}, not a finite number")
+            if decoder:
+                prompt, ids = encode(
+                    tokenizer, {"prompt": row.get("prompt"), "text": response.get("text")}, "text", where, args
+                )
+                sequence = None if prompt is None else prompt + ids
+            else:
+                sequence = encode_pair(tokenizer, row.get("prompt"), response.get("text"), where, args)
+            if sequence is not None:
+                sequences.append(sequence)
+                scores.append(float(score))
+        if ordered_pairs(scores):
+            questions.append(Question(json.dumps(row["prompt"]), sequences, scores))
+    return questions
+
+
+def encode_pair(tokenizer, prompt, text, where: str, args):
+    """Ids of (prompt, response) as an encoder's text pair, each cut from its far end: what is near the seam stays."""
+    if isinstance(prompt, list):
+        prompt = "\n\n".join(m["content"] for m in prompt)
+    if not isinstance(prompt, str) or not isinstance(text, str):
+        stop(f"{where}: field prompt or text is missing or not text")
+    a, b = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
+    a, b = a[-args.max_prompt_tokens :], b[: args.max_response_tokens]
+    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return [start, *a, end, *b, end]
+
+
+def train(args: Args) -> Path:
+    started = time.time()
+    rank, world, device = init_distributed(args)
+    missing(args.model, "python sft.py")
+    decoder = is_decoder(args.model, args)
+    tokenizer = load_tokenizer(args.model, args, chat=decoder)
+    if decoder:
+        distinct_pad(tokenizer)
+    questions = load_questions(tokenizer, decoder, args)
+    keys = sorted({question.key for question in questions})
+    held_out = {keys[i] for i in shuffled(len(keys), args.seed, -1)[: int(args.eval_share * len(keys))]}
+    training = [question for question in questions if question.key not in held_out]
+    if not training:
+        stop(f"{args.data} ({args.split}) has no pair of responses with different scores: there is nothing to learn")
+    torch.manual_seed(args.seed)
+    model = load_model("reward", args.model, tokenizer, args)
+    if args.lora_r:
+        model = add_lora(model, args, head="score" if decoder else "classifier")
+    reward_model = RewardModel(model, decoder).to(device)
+
+    per_epoch = math.ceil(len(training) / args.batch_size)
+    total = args.steps or args.epochs * per_epoch
+    engine = Engine(reward_model, args, world)
+    run = Run(args, engine, rank, total, started, bar=("loss", "accuracy"))
+    torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
+    run.restore()
+    reward_model.train()
+    for step in range(run.step, total):
+        order = shuffled(len(training), args.seed, step // per_epoch)
+        at = (step % per_epoch) * args.batch_size
+        batch = [([], max(q.sequences, key=len), q) for q in (training[i] for i in order[at : at + args.batch_size])]
+        pairs = sum(len(ordered_pairs(q.scores)) for *_, q in batch)
+        sums = torch.zeros(2, device=device)
+        engine.set_rate(args.learning_rate * schedule(step, total, args.warmup_steps, "linear"))
+        for micro in micro_batches(batch, rank, world, args):
+            better, worse, sequences = [], [], []
+            for _, longest, question in micro:
+                for i, j in ordered_pairs(question.scores) if longest else ():  # an empty row only fills the batch
+                    better.append(len(sequences) + i)
+                    worse.append(len(sequences) + j)
+                sequences += question.sequences
+            rewards = engine(*collate_scored(sequences, tokenizer.pad_token_id, device))
+            better, worse = (torch.tensor(x, dtype=torch.long, device=device) for x in (better, worse))
+            loss, right = reward_loss(rewards[better], rewards[worse], pairs)
+            engine.backward(loss)
+            sums += torch.stack([loss.detach(), right / pairs])
+        grad_norm = engine.step()
+        loss, accuracy = all_sum(sums)
+        run.log(
+            {"loss": loss, "accuracy": accuracy, "learning_rate": engine.rate, "grad_norm": grad_norm, "pairs": pairs}
+        )
+
+    engine.module.eval()
+    rewards = torch.tensor([r for question in training[:1000] for r in score(engine, question, tokenizer, device)])
+    config = plain(model).config
+    config.reward_mean, config.reward_std = float(rewards.mean()), float(rewards.std(correction=0))
+    held = [
+        (question, score(engine, question, tokenizer, device)) for question in questions if question.key in held_out
+    ]
+    wins = [r[i] > r[j] for question, r in held for i, j in ordered_pairs(question.scores)]
+    return run.finish(model, tokenizer, accuracy=round(sum(wins) / len(wins), 4) if wins else None)
+
+
+def score(engine, question: Question, tokenizer, device) -> list[float]:
+    """Rewards of a question's responses."""
+    with torch.no_grad():
+        return engine(*collate_scored(question.sequences, tokenizer.pad_token_id, device)).tolist()
+
+
+def main(argv=None):
+    train(parse_args(Args, PRESETS, argv, __doc__))
+
+
+# ====================================================================================================================
+# Plumbing: data, models, engine, run folder. The same text in every script (tests/test_copies.py).
+# ====================================================================================================================
+
+
+# Copied from sft.stop
+def stop(message: str):
+    """A user's mistake: one line that says what to do, exit code 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Copied from sft.parse_args
+def parse_args(args_class, presets, argv=None, doc=""):
+    """`[PRESET] [--flag value ...]`: a preset is a named set of defaults."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = args_class()
+    if argv and not argv[0].startswith("-"):
+        name = argv.pop(0)
+        if name not in presets:
+            stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
+        default = presets[name]
+    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
+    return tyro.cli(args_class, args=argv, default=default, description=description, use_underscores=True)
+
+
+# Copied from sft.init_distributed
+def init_distributed(args):
+    """(rank, world size, device). Several processes come from torchrun; one process with ZeRO stage 0 needs none of it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if (world > 1 or args.zero_stage) and not dist.is_initialized():
+        import deepspeed
+
+        for name, value in {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 29541,
+        }.items():
+            os.environ.setdefault(name, str(value))
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30), verbose=False)
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+# Copied from sft.all_sum
+def all_sum(x):
+    """Sum over ranks, for logging."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+# Copied from sft.shuffled
+def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+# Copied from sft.schedule
+def schedule(step: int, total: int, warmup: int, kind: str) -> float:
+    """The factor on the learning rate: linear warm-up, then `constant`, `linear` or `cosine` to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
+
+
+# Copied from sft.load_rows
+def load_rows(name: str, split: str, kind: str, seed: int = 0):
+    """Rows of `toy`, local files and hub datasets (comma-separated), in this project's column names, each with its place."""
+    if "," in name:
+        return [row for part in name.split(",") for row in load_rows(part.strip(), split, kind, seed)]
+    part = re.fullmatch(r"(\w+)(?:\[(\d*)(%?):(\d*)(%?)\])?", split)
+    if not part:
+        stop(f"--split {split!r} is not understood: write train, train[:30%] or train[2000:4000]")
+    if name == "toy":
+        import toy
+
+        raw = [(row, f"toy row {i + 1}") for i, row in enumerate(toy.rows(kind, seed))]
+    elif Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet") or Path(name).is_file():
+        raw = [(row, where) for row, where in read_file(Path(name)) if str(row.get("split", part[1])) == part[1]]
+    else:
+        import datasets
+
+        try:
+            raw = [(row, f"{name} row {i + 1}") for i, row in enumerate(datasets.load_dataset(name, split=part[1]))]
+        except Exception as error:  # the hub's many ways to fail: not found, gated, no network, no such split
+            stop(f"cannot load {name!r} (split {part[1]}): {str(error).splitlines()[0]} "
+                 "Give a local .json/.jsonl(.gz)/.parquet file, a dataset on the hub that you can reach, or `toy`")  # fmt: skip
+    start, end = (
+        int(len(raw) * int(value) / 100) if percent else int(value) if value else default
+        for value, percent, default in ((part[2], part[3], 0), (part[4], part[5], len(raw)))
+    )
+    return [(canonical(row, where), where) for row, where in raw[start:end]]
+
+
+# Copied from sft.read_file
+def read_file(path: Path):
+    if not path.is_file():
+        stop(f"{path} does not exist: --data takes a .json/.jsonl(.gz)/.parquet file, a hub name, or `toy`")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return [(row, f"{path} row {i + 1}") for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
+    text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
+    whole = text.lstrip().startswith("[")
+    rows = []
+    try:
+        lines = json.loads(text) if whole else text.splitlines()
+    except ValueError as error:
+        stop(f"{path} is not valid JSON ({error}): mend the file")
+    for i, line in enumerate(lines):
+        if not whole and not line.strip():
+            continue
+        try:
+            row = line if whole else json.loads(line)
+        except ValueError as error:
+            stop(f"{path} row {i + 1} is not valid JSON ({error}): mend or remove the line")
+        if not isinstance(row, dict):
+            stop(f"{path} row {i + 1} is not a JSON object: each row needs named fields such as prompt")
+        rows.append((row, f"{path} row {i + 1}"))
+    return rows
+
+
+# Copied from sft.canonical
+def canonical(row: dict, where: str) -> dict:
+    """One row in this project's names: prompt, completion, chosen, rejected, responses [{text, score, policy}].
+
+    Maps UltraFeedback (binarized: chosen/rejected message lists; original: instruction, completions), HH (transcripts
+    without prompt) and TL;DR (prompt, completion)."""
+    row = dict(row)
+    for field in ("completion", "chosen", "rejected", "messages"):
+        value = row.get(field)
+        if isinstance(value, list):
+            if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
+                stop(f"{where}: field {field} is not a list of {{role, content}} messages")
+            if len(value) > 1 or field == "messages":
+                row["prompt"] = value[:-1]
+            row["completion" if field == "messages" else field] = value[-1]["content"]
+    if "prompt" not in row and isinstance(row.get("chosen"), str) and "\n\nAssistant:" in row["chosen"]:
+        for field in ("rejected", "chosen"):
+            head, _, row[field] = row[field].rpartition("\n\nAssistant:")
+            row["prompt"] = head + "\n\nAssistant:"
+    if "instruction" in row and "completions" in row:
+        row["prompt"] = row["instruction"]
+        row["responses"] = [
+            {"text": c["response"], "score": c.get("fine-grained_score") or c["overall_score"], "policy": c["model"]}
+            for c in row["completions"]
+        ]
+    return row
+
+
+# Copied from sft.encode
+def encode(tokenizer, row: dict, field: str | None, where: str, args):
+    """(prompt ids, response ids with EOS) of a row; (None, None) for a long prompt under --drop_long_prompts.
+
+    The prompt is rendered by the chat template up to where the assistant begins; the response is the text's own tokens
+    and the EOS, cut (and then without EOS) at --max_response_tokens."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not prompt or not isinstance(prompt, list):
+        stop(f"{where}: field prompt is missing, or neither a string nor a list of messages")
+    try:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates raise what they like for roles they do not know
+        stop(f"{where}: the chat template does not take field prompt: {error}")
+    if len(ids) > args.max_prompt_tokens:
+        if args.drop_long_prompts:
+            return None, None
+        stop(f"{where}: field prompt has {len(ids)} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}: "
+             "raise it, shorten the prompt, or leave such rows out with --drop_long_prompts")  # fmt: skip
+    if field is None:
+        return ids, []
+    text = row.get("chosen") if field == "completion" and field not in row else row.get(field)
+    if not isinstance(text, str):
+        stop(f"{where}: field {field} is missing or not text")
+    response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return ids, response[: args.max_response_tokens]
+
+
+# Copied from sft.micro_batches
+def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
+    """This rank's micro-batches of one optimizer step, of (prompt, response, ...) rows.
+
+    Every rank gets the same number. Rows are sorted by length so that a micro-batch pads little; missing rows are filled
+    with a prompt whose response is empty, so it has no token in any loss."""
+    size = world * args.micro_batch_size
+    rows = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
+    rows = [(rows[0][0], [], *rows[0][2:])] * (math.ceil(args.batch_size / size) * size - len(rows)) + rows
+    return [rows[at + rank : at + size : world] for at in range(0, len(rows), size)]
+
+
+# Copied from sft.PLAIN_TEMPLATE
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}\n"
+    "{% else %}{{ m.role | capitalize }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+# Copied from sft.missing
+def missing(name: str, command: str = ""):
+    """Stop if `name` reads as a local folder that is not there."""
+    if name.startswith(("runs/", "./", "../", "/")) and not Path(name, "config.json").is_file():
+        stop(f"{name} is not a model folder" + (f": run `{command}` first, or name another" if command else ""))
+
+
+# Copied from sft.load_tokenizer
+def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    if name == "toy":
+        import toy
+
+        return toy.tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        stop(f"cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}")
+    if chat_template:
+        if chat_template != "plain" and not Path(chat_template).is_file():
+            stop(f"--chat_template {chat_template} does not exist: give a Jinja file, or `plain`")
+        tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
+    if chat and not tokenizer.chat_template:
+        stop(
+            f"{name} has no chat template: train it with `python sft.py --model {name} --chat_template plain` (or a Jinja file)"
+        )
+    if chat and tokenizer.eos_token_id is None:
+        stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths
+    return tokenizer
+
+
+# Copied from sft.load_model
+def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
+    """A stock Hugging Face model: `causal`, `value` (token classification) or `reward` (sequence classification).
+
+    Trained weights are fp32 (bf16 products by autocast, or DeepSpeed's bf16 with fp32 master weights); frozen ones, and
+    the base of LoRA, are bf16 under --bf16."""
+    import transformers
+    from transformers import AutoConfig
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    auto = {
+        "causal": "AutoModelForCausalLM",
+        "value": "AutoModelForTokenClassification",
+        "reward": "AutoModelForSequenceClassification",
+    }
+    auto = getattr(transformers, auto[kind])
+    extra = {} if kind == "causal" else {"num_labels": 1}
+    dtype = torch.bfloat16 if args.bf16 and (frozen or args.lora_r) else torch.float32
+    if name == "toy":
+        import toy
+
+        model = auto.from_config(toy.config(**extra), attn_implementation=args.attention, dtype=dtype)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **extra)
+            if kind == "value":
+                config.classifier_dropout = 0.0
+            model = auto.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation=args.attention,
+                trust_remote_code=args.trust_remote_code,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if kind == "causal":  # a hub model's sampling defaults (top-k, penalties, ...) would bias rollouts
+        ends = model.generation_config.eos_token_id
+        ends = sorted(
+            {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
+        )
+        model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if args.gradient_checkpointing and not frozen:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if frozen:
+        model.requires_grad_(False).eval()
+    return model
+
+
+# Copied from sft.lora_config
+def lora_config(model, args, head: str | None = None):
+    """LoRA on every linear layer of the backbone; `head` is trained in full and saved with the adapter."""
+    from peft import LoraConfig
+
+    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    targets = sorted(names - {"lm_head", "score", "classifier", "pooler", "dense_head"})
+    return LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets,
+        modules_to_save=[head] if head else None,
+    )  # fmt: skip
+
+
+# Copied from sft.add_lora
+def add_lora(model, args, head: str | None = None):
+    from peft import get_peft_model
+
+    model.enable_input_require_grads()  # for gradient checkpointing: the embeddings are frozen
+    return get_peft_model(model, lora_config(model, args, head))
+
+
+# Copied from sft.plain
+def plain(model):
+    """The Hugging Face model inside a LoRA wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# Copied from sft.Engine
+class Engine:
+    """Backward passes and optimizer steps. One process with ZeRO stage 0 is plain torch; anything else is DeepSpeed.
+
+    Losses are already divided by the whole step's token count, so gradients are *summed* over micro-batches and ranks:
+    DeepSpeed's means over both are undone."""
+
+    def __init__(self, module, args, world: int):
+        self.module, self.args, self.world, self.deepspeed = module, args, world, None
+        self.micro_steps = math.ceil(args.batch_size / (world * args.micro_batch_size))
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        plain_torch = world == 1 and not args.zero_stage
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=plain_torch or None
+        )
+        if plain_torch:
+            return
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": args.micro_batch_size,
+            "gradient_accumulation_steps": self.micro_steps,
+            "gradient_clipping": args.max_grad_norm,
+            "zero_optimization": {"stage": args.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": args.bf16},
+            "steps_per_print": 10**9,
+        }
+        self.deepspeed, self.optimizer, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+
+    def __call__(self, *inputs, **options):
+        if self.deepspeed:
+            return self.deepspeed(*inputs, **options)
+        with self.autocast():
+            return self.module(*inputs, **options)
+
+    def autocast(self):
+        """bf16 products for fp32 weights; DeepSpeed casts the weights themselves."""
+        device = next(self.module.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.args.bf16 and not self.deepspeed)
+
+    def set_rate(self, rate: float):
+        """The learning rate of the coming step; call it before the step's first `backward`."""
+        self.rate = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def backward(self, loss):
+        if self.deepspeed:
+            self.deepspeed.backward(loss * (self.world * self.micro_steps))
+            self.deepspeed.step()  # acts once all of the step's micro-batches are in
+        else:
+            loss.backward()
+
+    def step(self):
+        """Returns the gradient's global norm before clipping."""
+        if self.deepspeed:
+            return self.deepspeed.get_global_grad_norm()
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.args.max_grad_norm or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self, folder: Path):
+        if self.deepspeed:
+            self.deepspeed.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+        else:
+            weights = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+            torch.save({"weights": weights, "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
+
+    def load(self, folder: Path):
+        if self.deepspeed:
+            self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        else:
+            saved = torch.load(folder / "engine.pt", weights_only=True)
+            self.module.load_state_dict(saved["weights"], strict=False)
+            self.optimizer.load_state_dict(saved["optimizer"])
+
+    def gathered(self):
+        """Inside this context every rank sees whole weights (ZeRO-3 keeps them in parts)."""
+        if not (self.deepspeed and self.args.zero_stage == 3):
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.module.parameters()))
+
+
+# Copied from sft.Run
+class Run:
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, final/, summary.json."""
+
+    def __init__(self, args, engine: Engine, rank: int, total: int, started: float, bar=("loss",)):
+        self.args, self.engine, self.rank, self.started, self.bar_keys = args, engine, rank, started, bar
+        self.folder, self.step, self.pending, self.state, self.board = Path(args.output_dir), 0, [], {}, None
+        if rank == 0:
+            if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
+                aside = next(p for p in (Path(f"{self.folder}.{i}") for i in range(1, 10**6)) if not p.exists())
+                self.folder.rename(aside)
+                print(f"{self.folder} held an earlier run: moved to {aside}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+            if importlib.util.find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.folder)
+        self.bar = tqdm(total=total, desc=Path(sys.argv[0]).stem, disable=rank > 0, dynamic_ncols=True)
+
+    def restore(self):
+        """With --resume: weights, optimizer, generators and loop state of the last whole checkpoint."""
+        found = sorted(self.folder.glob("checkpoints/step_*[0-9]")) if self.args.resume else []
+        kept = []
+        if found:
+            self.engine.load(found[-1])
+            saved = torch.load(found[-1] / f"rank_{self.rank}.pt", weights_only=True)
+            torch.set_rng_state(saved["cpu"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(saved["cuda"])
+            self.step, self.state = saved["step"], saved["state"]
+            self.bar.update(self.step)
+        metrics = self.folder / "metrics.jsonl"
+        if self.rank == 0 and metrics.exists():  # steps after the checkpoint will be taken again
+            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            metrics.write_text("".join(line + "\n" for line in kept))
+
+    def log(self, metrics: dict):
+        """End of a step. Tensors are read back every tenth step only, so that the device is not waited for."""
+        self.step += 1
+        self.pending.append({"step": self.step, "seconds": round(time.time() - self.started, 3), **metrics})
+        self.bar.update()
+        save = self.args.save_every and self.step % self.args.save_every == 0
+        if save or self.step % 10 == 0:
+            self.flush()
+        if save:
+            self.checkpoint()
+
+    def flush(self):
+        rows = [{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in self.pending]
+        self.pending = []
+        if self.rank or not rows:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows if self.board else ():
+            for key, value in row.items():
+                self.board.add_scalar(key, value, row["step"])
+        self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys})
+
+    def checkpoint(self):
+        """Written under a temporary name and renamed when whole; the one before is then removed."""
+        final = self.folder / "checkpoints" / f"step_{self.step:07d}"
+        part = final.with_suffix(".part")
+        part.mkdir(parents=True, exist_ok=True)
+        self.engine.save(part)
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state()
+        torch.save({"step": self.step, "state": self.state, **generators}, part / f"rank_{self.rank}.pt")
+        barrier()
+        if self.rank == 0:
+            part.rename(final)
+            for old in final.parent.iterdir():
+                if old != final:
+                    shutil.rmtree(old)
+        barrier()
+
+    def finish(self, model, tokenizer, **summary) -> Path:
+        """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter)."""
+        self.flush()
+        final, part = self.folder / "final", self.folder / "final.part"
+        with self.engine.gathered():
+            if self.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+                if model is not plain(model):
+                    model.save_pretrained(part / "adapter")
+                    model = model.merge_and_unload()
+                model.save_pretrained(part)
+                tokenizer.save_pretrained(part)
+                shutil.rmtree(final, ignore_errors=True)
+                part.rename(final)
+        seconds = time.time() - self.started
+        memory = (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        summary = {"steps": self.step, "seconds": round(seconds, 1), "peak_memory_mb": round(memory / 2**20), **summary}
+        self.bar.close()
+        if self.rank == 0:
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            print(
+                f"{final}: "
+                + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
+            )
+        barrier()
+        return final
+
+
+# Copied from sft.barrier
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,749 @@
+"""Supervised fine-tuning (SFT): the policy that DVPO, PPO, VCB and the others start from, and their reference.
+
+Negative log-likelihood of the response tokens, EOS included; prompt tokens are context only:
+
+    L = - sum_t m_t log pi(y_t | x, y_<t) / sum_t m_t                                        `sft_loss`
+
+The sum in the denominator runs over the whole optimizer step (all micro-batches, all ranks), so the gradient does not
+depend on how a batch is split. Paper (DVPO, appendix A): learning rate 2e-5, cosine, 2 warm-up steps, batch 16, 3 epochs.
+Left out on purpose: packing, validation loss, learning-rate sweeps.
+
+    python sft.py                                                    # CPU: a small model in the toy world of toy.py
+    python sft.py llama3.2-3b --micro_batch_size 1 --lora_r 16       # 1 GPU
+    torchrun --nproc_per_node 8 sft.py llama3.2-3b                   # 8 GPUs, the paper's setting
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import gzip
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from kernels import linear_logprob
+
+
+@dataclass
+class Args:
+    model: str = "toy"
+    """where training starts: a Hugging Face folder or hub name; `toy` is a new model of toy.py's configuration"""
+    data: str = "toy"
+    """`toy`, a hub name, or a .json/.jsonl(.gz)/.parquet file with `prompt, completion`, `messages`, or `prompt, chosen`"""
+    split: str = "train"
+    """the part of the data to read: `train`, `train[:30%]`, `train[2000:4000]`"""
+    output_dir: str = "runs/sft"
+    """the run's folder: args.json, metrics.jsonl, checkpoints/, final/"""
+    seed: int = 0
+    """seed of initialisation, data order and dropout"""
+    epochs: int = 3
+    """passes over the data (paper: 3)"""
+    steps: int = 0
+    """stop after this many optimizer steps; 0 means all epochs"""
+    learning_rate: float = 2e-3
+    """peak learning rate of AdamW, cosine to zero (paper: 2e-5 for pretrained models)"""
+    warmup_steps: int = 10
+    """steps of linear warm-up (paper: 2)"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: float = 1.0
+    """gradient clipping by global norm; 0 turns it off"""
+    batch_size: int = 64
+    """sequences per optimizer step, over all ranks (paper: 16)"""
+    micro_batch_size: int = 64
+    """sequences per forward pass on one rank"""
+    max_prompt_tokens: int = 64
+    """a longer prompt is an error, or left out with --drop_long_prompts"""
+    max_response_tokens: int = 64
+    """a longer response is cut, and then has no EOS"""
+    drop_long_prompts: bool = False
+    """leave out rows whose prompt is longer than --max_prompt_tokens instead of stopping"""
+    chat_template: str = ""
+    """a Jinja file to give to a tokenizer that has no chat template (base models); `plain` for `User: ... Assistant: ...`"""
+    lora_r: int = 0
+    """rank of LoRA adapters on all linear layers; 0 trains all weights"""
+    lora_alpha: int = 32
+    """LoRA's alpha"""
+    lora_dropout: float = 0.1
+    """LoRA's dropout"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage, 0-3; one process with stage 0 needs no DeepSpeed"""
+    bf16: bool = False
+    """bfloat16 matrix products (GPU)"""
+    attention: str = "sdpa"
+    """`sdpa`, `flash_attention_2` (with flash-attn installed) or `eager`"""
+    save_every: int = 0
+    """steps between checkpoints to resume from; 0 writes none"""
+    resume: bool = False
+    """continue from the last checkpoint in --output_dir, bit for bit"""
+    trust_remote_code: bool = False
+    """allow code that comes with a hub model"""
+
+
+_paper = Args(
+    data="HuggingFaceH4/ultrafeedback_binarized", split="train_prefs[:30%]", learning_rate=2e-5, warmup_steps=2,
+    batch_size=16, micro_batch_size=2, max_prompt_tokens=1024, max_response_tokens=1024, drop_long_prompts=True,
+    chat_template="plain", gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=500,
+)  # fmt: skip
+PRESETS: dict[str, Args] = {
+    "llama3.2-3b": dataclasses.replace(_paper, model="meta-llama/Llama-3.2-3B"),
+    "llama3-8b": dataclasses.replace(_paper, model="meta-llama/Meta-Llama-3-8B", zero_stage=3),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- the mathematics
+
+
+def sft_loss(logp, mask, normalizer):
+    """Negative log-likelihood of response tokens.
+
+    logp (B, T) fp32 log-probabilities, mask (B, T) bool, normalizer: number of response tokens in the whole optimizer
+    step. Returns a scalar; summed over micro-batches and ranks it is the mean over the step's tokens."""
+    return -(logp * mask).sum() / normalizer
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train(args: Args) -> Path:
+    started = time.time()
+    rank, world, device = init_distributed(args)
+    tokenizer = load_tokenizer(args.model, args, chat_template=args.chat_template)
+    examples = []
+    for row, where in load_rows(args.data, args.split, "sft", args.seed):
+        prompt, response = encode(tokenizer, row, "completion", where, args)
+        if prompt is not None:
+            examples.append((prompt, response))
+    if not examples:
+        stop(f"{args.data} ({args.split}) has no row to train on")
+    torch.manual_seed(args.seed)
+    model = load_model("causal", args.model, tokenizer, args)
+    if args.lora_r:
+        model = add_lora(model, args)
+    policy = Policy(model).to(device)
+
+    per_epoch = math.ceil(len(examples) / args.batch_size)
+    total = args.steps or args.epochs * per_epoch
+    engine = Engine(policy, args, world)
+    run = Run(args, engine, rank, total, started)
+    torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
+    run.restore()
+    policy.train()
+    for step in range(run.step, total):
+        order = shuffled(len(examples), args.seed, step // per_epoch)
+        at = (step % per_epoch) * args.batch_size
+        batch = [examples[i] for i in order[at : at + args.batch_size]]
+        tokens = sum(len(response) for _, response in batch)
+        loss_sum = torch.zeros((), device=device)
+        engine.set_rate(args.learning_rate * schedule(step, total, args.warmup_steps, "cosine"))
+        for micro in micro_batches(batch, rank, world, args):
+            inputs = collate(micro, tokenizer.pad_token_id).to(device)
+            loss = sft_loss(engine(inputs), inputs.response_mask, tokens)
+            engine.backward(loss)
+            loss_sum += loss.detach()
+        grad_norm = engine.step()
+        run.log({"loss": all_sum(loss_sum), "learning_rate": engine.rate, "grad_norm": grad_norm, "tokens": tokens})
+    return run.finish(model, tokenizer)
+
+
+def main(argv=None):
+    train(parse_args(Args, PRESETS, argv, __doc__))
+
+
+# ====================================================================================================================
+# Plumbing: data, models, engine, run folder. The same text in every script (tests/test_copies.py).
+# ====================================================================================================================
+
+
+def stop(message: str):
+    """A user's mistake: one line that says what to do, exit code 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(args_class, presets, argv=None, doc=""):
+    """`[PRESET] [--flag value ...]`: a preset is a named set of defaults."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = args_class()
+    if argv and not argv[0].startswith("-"):
+        name = argv.pop(0)
+        if name not in presets:
+            stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
+        default = presets[name]
+    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
+    return tyro.cli(args_class, args=argv, default=default, description=description, use_underscores=True)
+
+
+def init_distributed(args):
+    """(rank, world size, device). Several processes come from torchrun; one process with ZeRO stage 0 needs none of it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if (world > 1 or args.zero_stage) and not dist.is_initialized():
+        import deepspeed
+
+        for name, value in {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 29541,
+        }.items():
+            os.environ.setdefault(name, str(value))
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30), verbose=False)
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+def all_sum(x):
+    """Sum over ranks, for logging."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def schedule(step: int, total: int, warmup: int, kind: str) -> float:
+    """The factor on the learning rate: linear warm-up, then `constant`, `linear` or `cosine` to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def load_rows(name: str, split: str, kind: str, seed: int = 0):
+    """Rows of `toy`, local files and hub datasets (comma-separated), in this project's column names, each with its place."""
+    if "," in name:
+        return [row for part in name.split(",") for row in load_rows(part.strip(), split, kind, seed)]
+    part = re.fullmatch(r"(\w+)(?:\[(\d*)(%?):(\d*)(%?)\])?", split)
+    if not part:
+        stop(f"--split {split!r} is not understood: write train, train[:30%] or train[2000:4000]")
+    if name == "toy":
+        import toy
+
+        raw = [(row, f"toy row {i + 1}") for i, row in enumerate(toy.rows(kind, seed))]
+    elif Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet") or Path(name).is_file():
+        raw = [(row, where) for row, where in read_file(Path(name)) if str(row.get("split", part[1])) == part[1]]
+    else:
+        import datasets
+
+        try:
+            raw = [(row, f"{name} row {i + 1}") for i, row in enumerate(datasets.load_dataset(name, split=part[1]))]
+        except Exception as error:  # the hub's many ways to fail: not found, gated, no network, no such split
+            stop(f"cannot load {name!r} (split {part[1]}): {str(error).splitlines()[0]} "
+                 "Give a local .json/.jsonl(.gz)/.parquet file, a dataset on the hub that you can reach, or `toy`")  # fmt: skip
+    start, end = (
+        int(len(raw) * int(value) / 100) if percent else int(value) if value else default
+        for value, percent, default in ((part[2], part[3], 0), (part[4], part[5], len(raw)))
+    )
+    return [(canonical(row, where), where) for row, where in raw[start:end]]
+
+
+def read_file(path: Path):
+    if not path.is_file():
+        stop(f"{path} does not exist: --data takes a .json/.jsonl(.gz)/.parquet file, a hub name, or `toy`")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return [(row, f"{path} row {i + 1}") for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
+    text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
+    whole = text.lstrip().startswith("[")
+    rows = []
+    try:
+        lines = json.loads(text) if whole else text.splitlines()
+    except ValueError as error:
+        stop(f"{path} is not valid JSON ({error}): mend the file")
+    for i, line in enumerate(lines):
+        if not whole and not line.strip():
+            continue
+        try:
+            row = line if whole else json.loads(line)
+        except ValueError as error:
+            stop(f"{path} row {i + 1} is not valid JSON ({error}): mend or remove the line")
+        if not isinstance(row, dict):
+            stop(f"{path} row {i + 1} is not a JSON object: each row needs named fields such as prompt")
+        rows.append((row, f"{path} row {i + 1}"))
+    return rows
+
+
+def canonical(row: dict, where: str) -> dict:
+    """One row in this project's names: prompt, completion, chosen, rejected, responses [{text, score, policy}].
+
+    Maps UltraFeedback (binarized: chosen/rejected message lists; original: instruction, completions), HH (transcripts
+    without prompt) and TL;DR (prompt, completion)."""
+    row = dict(row)
+    for field in ("completion", "chosen", "rejected", "messages"):
+        value = row.get(field)
+        if isinstance(value, list):
+            if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
+                stop(f"{where}: field {field} is not a list of {{role, content}} messages")
+            if len(value) > 1 or field == "messages":
+                row["prompt"] = value[:-1]
+            row["completion" if field == "messages" else field] = value[-1]["content"]
+    if "prompt" not in row and isinstance(row.get("chosen"), str) and "\n\nAssistant:" in row["chosen"]:
+        for field in ("rejected", "chosen"):
+            head, _, row[field] = row[field].rpartition("\n\nAssistant:")
+            row["prompt"] = head + "\n\nAssistant:"
+    if "instruction" in row and "completions" in row:
+        row["prompt"] = row["instruction"]
+        row["responses"] = [
+            {"text": c["response"], "score": c.get("fine-grained_score") or c["overall_score"], "policy": c["model"]}
+            for c in row["completions"]
+        ]
+    return row
+
+
+def encode(tokenizer, row: dict, field: str | None, where: str, args):
+    """(prompt ids, response ids with EOS) of a row; (None, None) for a long prompt under --drop_long_prompts.
+
+    The prompt is rendered by the chat template up to where the assistant begins; the response is the text's own tokens
+    and the EOS, cut (and then without EOS) at --max_response_tokens."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not prompt or not isinstance(prompt, list):
+        stop(f"{where}: field prompt is missing, or neither a string nor a list of messages")
+    try:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates raise what they like for roles they do not know
+        stop(f"{where}: the chat template does not take field prompt: {error}")
+    if len(ids) > args.max_prompt_tokens:
+        if args.drop_long_prompts:
+            return None, None
+        stop(f"{where}: field prompt has {len(ids)} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}: "
+             "raise it, shorten the prompt, or leave such rows out with --drop_long_prompts")  # fmt: skip
+    if field is None:
+        return ids, []
+    text = row.get("chosen") if field == "completion" and field not in row else row.get(field)
+    if not isinstance(text, str):
+        stop(f"{where}: field {field} is missing or not text")
+    response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return ids, response[: args.max_response_tokens]
+
+
+@dataclass
+class Batch:
+    """Sequences [prompt | response | padding]. Causal models need no attention mask for padding on the right."""
+
+    input_ids: torch.Tensor  # (B, L)
+    predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
+    target: torch.Tensor  # (N,) those response tokens
+    cell: torch.Tensor  # (N,) their flat positions in (B, T)
+    response_mask: torch.Tensor  # (B, T) bool
+
+    def to(self, device):
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+
+
+def collate(rows, pad_token_id: int) -> Batch:
+    """Batch of (prompt ids, response ids) pairs. Masks come from lengths: pad may equal EOS."""
+    length = max(len(p) + len(r) for p, r in rows)
+    width = max(1, *(len(r) for _, r in rows))
+    input_ids = torch.full((len(rows), length), pad_token_id)
+    predict, target, cell = [], [], []
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(rows):
+        input_ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        predict.extend(range(i * length + len(prompt) - 1, i * length + len(prompt) + len(response) - 1))
+        cell.extend(range(i * width, i * width + len(response)))
+        target.extend(response)
+        mask[i, : len(response)] = True
+    return Batch(input_ids, *(torch.tensor(x, dtype=torch.long) for x in (predict, target, cell)), mask)
+
+
+def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
+    """This rank's micro-batches of one optimizer step, of (prompt, response, ...) rows.
+
+    Every rank gets the same number. Rows are sorted by length so that a micro-batch pads little; missing rows are filled
+    with a prompt whose response is empty, so it has no token in any loss."""
+    size = world * args.micro_batch_size
+    rows = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
+    rows = [(rows[0][0], [], *rows[0][2:])] * (math.ceil(args.batch_size / size) * size - len(rows)) + rows
+    return [rows[at + rank : at + size : world] for at in range(0, len(rows), size)]
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}\n"
+    "{% else %}{{ m.role | capitalize }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+def missing(name: str, command: str = ""):
+    """Stop if `name` reads as a local folder that is not there."""
+    if name.startswith(("runs/", "./", "../", "/")) and not Path(name, "config.json").is_file():
+        stop(f"{name} is not a model folder" + (f": run `{command}` first, or name another" if command else ""))
+
+
+def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    if name == "toy":
+        import toy
+
+        return toy.tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        stop(f"cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}")
+    if chat_template:
+        if chat_template != "plain" and not Path(chat_template).is_file():
+            stop(f"--chat_template {chat_template} does not exist: give a Jinja file, or `plain`")
+        tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
+    if chat and not tokenizer.chat_template:
+        stop(
+            f"{name} has no chat template: train it with `python sft.py --model {name} --chat_template plain` (or a Jinja file)"
+        )
+    if chat and tokenizer.eos_token_id is None:
+        stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths
+    return tokenizer
+
+
+def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
+    """A stock Hugging Face model: `causal`, `value` (token classification) or `reward` (sequence classification).
+
+    Trained weights are fp32 (bf16 products by autocast, or DeepSpeed's bf16 with fp32 master weights); frozen ones, and
+    the base of LoRA, are bf16 under --bf16."""
+    import transformers
+    from transformers import AutoConfig
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    auto = {
+        "causal": "AutoModelForCausalLM",
+        "value": "AutoModelForTokenClassification",
+        "reward": "AutoModelForSequenceClassification",
+    }
+    auto = getattr(transformers, auto[kind])
+    extra = {} if kind == "causal" else {"num_labels": 1}
+    dtype = torch.bfloat16 if args.bf16 and (frozen or args.lora_r) else torch.float32
+    if name == "toy":
+        import toy
+
+        model = auto.from_config(toy.config(**extra), attn_implementation=args.attention, dtype=dtype)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **extra)
+            if kind == "value":
+                config.classifier_dropout = 0.0
+            model = auto.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation=args.attention,
+                trust_remote_code=args.trust_remote_code,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if kind == "causal":  # a hub model's sampling defaults (top-k, penalties, ...) would bias rollouts
+        ends = model.generation_config.eos_token_id
+        ends = sorted(
+            {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
+        )
+        model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if args.gradient_checkpointing and not frozen:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if frozen:
+        model.requires_grad_(False).eval()
+    return model
+
+
+def lora_config(model, args, head: str | None = None):
+    """LoRA on every linear layer of the backbone; `head` is trained in full and saved with the adapter."""
+    from peft import LoraConfig
+
+    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    targets = sorted(names - {"lm_head", "score", "classifier", "pooler", "dense_head"})
+    return LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets,
+        modules_to_save=[head] if head else None,
+    )  # fmt: skip
+
+
+def add_lora(model, args, head: str | None = None):
+    from peft import get_peft_model
+
+    model.enable_input_require_grads()  # for gradient checkpointing: the embeddings are frozen
+    return get_peft_model(model, lora_config(model, args, head))
+
+
+def plain(model):
+    """The Hugging Face model inside a LoRA wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class Policy(torch.nn.Module):
+    """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked.
+
+    Only response positions go through the LM head, inside the head's own forward: there ZeRO-3 has gathered its weight."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        ends = plain(model).generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+        head = plain(model).get_output_embeddings()
+        plain_forward = head.forward
+        softcap = getattr(plain(model).config, "final_logit_softcapping", None)
+
+        def forward(hidden, target=None, temperature=1.0):
+            if target is None:
+                return plain_forward(hidden)
+            return linear_logprob(hidden, head.weight, target, bias=head.bias, temperature=temperature, softcap=softcap)
+
+        head.forward = forward
+
+    def forward(self, batch: Batch, temperature: float = 1.0):
+        hidden = plain(self.model).get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, batch.predict)
+        logp = plain(self.model).get_output_embeddings()(hidden, batch.target, temperature)
+        flat = logp.new_zeros(batch.response_mask.numel())
+        return flat.index_copy(0, batch.cell, logp).view(batch.response_mask.shape)
+
+
+# -------------------------------------------------------------------------------------------------- engine, run folder
+
+
+class Engine:
+    """Backward passes and optimizer steps. One process with ZeRO stage 0 is plain torch; anything else is DeepSpeed.
+
+    Losses are already divided by the whole step's token count, so gradients are *summed* over micro-batches and ranks:
+    DeepSpeed's means over both are undone."""
+
+    def __init__(self, module, args, world: int):
+        self.module, self.args, self.world, self.deepspeed = module, args, world, None
+        self.micro_steps = math.ceil(args.batch_size / (world * args.micro_batch_size))
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        plain_torch = world == 1 and not args.zero_stage
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=plain_torch or None
+        )
+        if plain_torch:
+            return
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": args.micro_batch_size,
+            "gradient_accumulation_steps": self.micro_steps,
+            "gradient_clipping": args.max_grad_norm,
+            "zero_optimization": {"stage": args.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": args.bf16},
+            "steps_per_print": 10**9,
+        }
+        self.deepspeed, self.optimizer, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+
+    def __call__(self, *inputs, **options):
+        if self.deepspeed:
+            return self.deepspeed(*inputs, **options)
+        with self.autocast():
+            return self.module(*inputs, **options)
+
+    def autocast(self):
+        """bf16 products for fp32 weights; DeepSpeed casts the weights themselves."""
+        device = next(self.module.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.args.bf16 and not self.deepspeed)
+
+    def set_rate(self, rate: float):
+        """The learning rate of the coming step; call it before the step's first `backward`."""
+        self.rate = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def backward(self, loss):
+        if self.deepspeed:
+            self.deepspeed.backward(loss * (self.world * self.micro_steps))
+            self.deepspeed.step()  # acts once all of the step's micro-batches are in
+        else:
+            loss.backward()
+
+    def step(self):
+        """Returns the gradient's global norm before clipping."""
+        if self.deepspeed:
+            return self.deepspeed.get_global_grad_norm()
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.args.max_grad_norm or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self, folder: Path):
+        if self.deepspeed:
+            self.deepspeed.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+        else:
+            weights = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+            torch.save({"weights": weights, "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
+
+    def load(self, folder: Path):
+        if self.deepspeed:
+            self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        else:
+            saved = torch.load(folder / "engine.pt", weights_only=True)
+            self.module.load_state_dict(saved["weights"], strict=False)
+            self.optimizer.load_state_dict(saved["optimizer"])
+
+    def gathered(self):
+        """Inside this context every rank sees whole weights (ZeRO-3 keeps them in parts)."""
+        if not (self.deepspeed and self.args.zero_stage == 3):
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.module.parameters()))
+
+
+class Run:
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, final/, summary.json."""
+
+    def __init__(self, args, engine: Engine, rank: int, total: int, started: float, bar=("loss",)):
+        self.args, self.engine, self.rank, self.started, self.bar_keys = args, engine, rank, started, bar
+        self.folder, self.step, self.pending, self.state, self.board = Path(args.output_dir), 0, [], {}, None
+        if rank == 0:
+            if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
+                aside = next(p for p in (Path(f"{self.folder}.{i}") for i in range(1, 10**6)) if not p.exists())
+                self.folder.rename(aside)
+                print(f"{self.folder} held an earlier run: moved to {aside}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+            if importlib.util.find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.folder)
+        self.bar = tqdm(total=total, desc=Path(sys.argv[0]).stem, disable=rank > 0, dynamic_ncols=True)
+
+    def restore(self):
+        """With --resume: weights, optimizer, generators and loop state of the last whole checkpoint."""
+        found = sorted(self.folder.glob("checkpoints/step_*[0-9]")) if self.args.resume else []
+        kept = []
+        if found:
+            self.engine.load(found[-1])
+            saved = torch.load(found[-1] / f"rank_{self.rank}.pt", weights_only=True)
+            torch.set_rng_state(saved["cpu"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(saved["cuda"])
+            self.step, self.state = saved["step"], saved["state"]
+            self.bar.update(self.step)
+        metrics = self.folder / "metrics.jsonl"
+        if self.rank == 0 and metrics.exists():  # steps after the checkpoint will be taken again
+            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            metrics.write_text("".join(line + "\n" for line in kept))
+
+    def log(self, metrics: dict):
+        """End of a step. Tensors are read back every tenth step only, so that the device is not waited for."""
+        self.step += 1
+        self.pending.append({"step": self.step, "seconds": round(time.time() - self.started, 3), **metrics})
+        self.bar.update()
+        save = self.args.save_every and self.step % self.args.save_every == 0
+        if save or self.step % 10 == 0:
+            self.flush()
+        if save:
+            self.checkpoint()
+
+    def flush(self):
+        rows = [{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in self.pending]
+        self.pending = []
+        if self.rank or not rows:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows if self.board else ():
+            for key, value in row.items():
+                self.board.add_scalar(key, value, row["step"])
+        self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys})
+
+    def checkpoint(self):
+        """Written under a temporary name and renamed when whole; the one before is then removed."""
+        final = self.folder / "checkpoints" / f"step_{self.step:07d}"
+        part = final.with_suffix(".part")
+        part.mkdir(parents=True, exist_ok=True)
+        self.engine.save(part)
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state()
+        torch.save({"step": self.step, "state": self.state, **generators}, part / f"rank_{self.rank}.pt")
+        barrier()
+        if self.rank == 0:
+            part.rename(final)
+            for old in final.parent.iterdir():
+                if old != final:
+                    shutil.rmtree(old)
+        barrier()
+
+    def finish(self, model, tokenizer, **summary) -> Path:
+        """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter)."""
+        self.flush()
+        final, part = self.folder / "final", self.folder / "final.part"
+        with self.engine.gathered():
+            if self.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+                if model is not plain(model):
+                    model.save_pretrained(part / "adapter")
+                    model = model.merge_and_unload()
+                model.save_pretrained(part)
+                tokenizer.save_pretrained(part)
+                shutil.rmtree(final, ignore_errors=True)
+                part.rename(final)
+        seconds = time.time() - self.started
+        memory = (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        summary = {"steps": self.step, "seconds": round(seconds, 1), "peak_memory_mb": round(memory / 2**20), **summary}
+        self.bar.close()
+        if self.rank == 0:
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            print(
+                f"{final}: "
+                + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
+            )
+        barrier()
+        return final
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What stands in two scripts under one name is the same text, under `# Copied from origin.name`.
+
+python tests/test_copies.py --fix        # rewrite every copy from its origin
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(p for p in ROOT.glob("*.py"))
+OWN = {"Args", "PRESETS", "train", "main", "_paper"}  # every script has its own under the same name
+
+
+def blocks(path: Path) -> dict[str, tuple[int, int, str, str | None]]:
+    """name -> (first line, last line, source, origin) of each top-level function, class and constant; lines from 0."""
+    text = path.read_text()
+    lines = text.splitlines()
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            name, first = node.name, min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, first = node.targets[0].id, node.lineno - 1
+        else:
+            continue
+        marker = re.match(r"# Copied from (\w+)\.(\w+)$", lines[first - 1]) if first else None
+        assert not marker or marker[2] == name, f"{path.name}: a copy of {marker[0]} is named {name}"
+        origin = marker[1] if marker else None
+        found[name] = (first, node.end_lineno, "\n".join(lines[first : node.end_lineno]), origin)
+    return found
+
+
+def differences():
+    """(script, name, first, last, source of the origin) of each copy that differs from its origin."""
+    every = {path.stem: blocks(path) for path in SCRIPTS}
+    for script, found in every.items():
+        for name, (first, last, source, origin) in found.items():
+            if origin is None:
+                continue
+            assert name in every.get(origin, {}), (
+                f"{script}.py: {name} is copied from {origin}.py, which has no such name"
+            )
+            assert every[origin][name][3] is None, f"{script}.py: {name} is copied from a copy, {origin}.{name}"
+            if source != every[origin][name][2]:
+                yield script, name, first, last, every[origin][name][2]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_a_copy_is_the_text_of_its_origin(path):
+    wrong = [f"{script}.{name}" for script, name, *_ in differences() if script == path.stem]
+    assert not wrong, f"{wrong} differ from their origin: python tests/test_copies.py --fix"
+
+
+def test_the_same_name_in_two_scripts_is_a_marked_copy():
+    origins = {}
+    for path in SCRIPTS:
+        for name, (*_, origin) in blocks(path).items():
+            if origin is None and name not in OWN and path.stem != "toy":
+                origins.setdefault(name, []).append(path.name)
+    assert not {name: where for name, where in origins.items() if len(where) > 1}
+
+
+def fix():
+    for script in SCRIPTS:
+        wrong = [d for d in differences() if d[0] == script.stem]
+        lines = script.read_text().splitlines()
+        for _, name, first, last, source in sorted(wrong, key=lambda d: -d[2]):
+            lines[first:last] = source.splitlines()
+            print(f"{script.name}: {name}")
+        if wrong:
+            script.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    fix() if "--fix" in sys.argv else sys.exit(__doc__)
