@@ -249,7 +249,7 @@ def turn(tokenizer, prompt: list, system: list, first: bool) -> list[int]:
     """Ids of a prompt as the chat template renders it: as the `first` turn, or after an earlier answer and its EOS.
 
     A later turn is what stands behind a marker answer. `system` messages open the conversation and are x's own."""
-    key = (id(tokenizer), json.dumps(prompt), json.dumps(system), first)
+    key = (tokenizer, json.dumps(prompt), json.dumps(system), first)
     if key not in _turns:
         messages = [m for m in prompt if m["role"] != "system"]
         if first:
@@ -261,14 +261,17 @@ def turn(tokenizer, prompt: list, system: list, first: bool) -> list[int]:
             before = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": marker}]
             text = tokenizer.apply_chat_template(before + messages, add_generation_prompt=True, tokenize=False)
             text = text.partition(marker)[2].lstrip(" ").removeprefix(tokenizer.eos_token)  # the answer brings its EOS
-            _turns[key] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            _turns[key] = tokenizer(tokenizer.eos_token + text, add_special_tokens=False)["input_ids"][1:]
     return _turns[key]
 
 
 def shorten(tokenizer, prompt: list, limit: int) -> list:
-    """The prompt's messages, the last cut to `limit` tokens if it is longer."""
-    ids = tokenizer(prompt[-1]["content"], add_special_tokens=False)["input_ids"]
-    return prompt if len(ids) <= limit else [prompt[-1] | {"content": tokenizer.decode(ids[:limit])}]
+    """The prompt's last messages that `limit` tokens hold, from a question on; a last one that is longer is cut."""
+    messages = [m for m in prompt if m["role"] != "system"]
+    ids = [tokenizer(m["content"], add_special_tokens=False)["input_ids"] for m in messages]
+    while len(messages) > 1 and (sum(map(len, ids)) > limit or messages[0]["role"] == "assistant"):
+        messages, ids = messages[1:], ids[1:]
+    return messages if len(ids[0]) <= limit else [messages[0] | {"content": tokenizer.decode(ids[0][:limit])}]
 
 
 def render(tokenizer, group: list[Answer], tau_tokens: int) -> list[tuple[list[int], list[int]]]:
@@ -280,8 +283,9 @@ def render(tokenizer, group: list[Answer], tau_tokens: int) -> list[tuple[list[i
         if answer is group[-1]:
             turns.append((turn(tokenizer, answer.prompt, system, i == 0), answer.response))
         else:
-            ids = turn(tokenizer, shorten(tokenizer, answer.prompt, share // 2), system, i == 0)
-            turns.append((ids, answer.response[: max(1, share - len(ids))]))
+            prompt = shorten(tokenizer, answer.prompt, share // 2)
+            room = share - len(turn(tokenizer, prompt, [], i == 0))  # x's system message takes nothing from tau
+            turns.append((turn(tokenizer, prompt, system, i == 0), answer.response[: max(1, room)]))
     return turns
 
 
@@ -378,6 +382,9 @@ def predict(engine, tokenizer, groups: list[list[Answer]], args, device) -> list
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
+    if args.value_norm == "batch" and args.micro_batch_size * world < args.batch_size:
+        stop("--value_norm batch normalises over the whole batch, in one forward pass: --micro_batch_size times the number "
+             f"of ranks must be {args.batch_size} or more")  # fmt: skip
     missing(args.model, "python sft.py")
     tokenizer = load_tokenizer(args.model, args)
     answers = load_answers(tokenizer, args)
@@ -425,11 +432,18 @@ def train(args: Args) -> Path:
         for micro in micro_batches(rows, rank, world, args):
             batch = collate_values([turns for _, _, turns, _ in micro], tokenizer.pad_token_id, every=True).to(device)
             real = torch.tensor([bool(y) for _, y, turns, _ in micro for _ in turns])
-            reward = torch.tensor([(a.score - mean) / std for *_, group in micro for a in group])
+            reward = torch.tensor(  # a cut answer of tau ends before r comes
+                [
+                    (a.score - mean) / std * args.discount ** (len(a.response) - len(shown))
+                    for *_, turns, group in micro
+                    for a, (_, shown) in zip(group, turns, strict=True)
+                ]
+            )
             mask = batch.mask & real[:, None].to(device)
             values = engine(batch)
             if args.value_norm == "batch":
-                values = torch.cat([values[:, :1], normalize_values(values[:, 1:], mask[:, 1:])], 1)
+                q = normalize_values(values[:, 1:], mask[:, 1:], group=dist.group.WORLD)
+                values = torch.cat([values[:, :1], q], 1)
             target = td_targets(
                 values, mask[:, 1:], reward.to(device), discount=args.discount, td_lambda=args.td_lambda
             )
@@ -583,7 +597,7 @@ def read_file(path: Path):
     whole = text.lstrip().startswith("[")
     rows = []
     try:
-        lines = json.loads(text) if whole else text.splitlines()
+        lines = json.loads(text) if whole else text.split("\n")
     except ValueError as error:
         stop(f"{path} is not valid JSON ({error}): mend the file")
     for i, line in enumerate(lines):
@@ -936,7 +950,8 @@ class Run:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows if self.board else ():
             for key, value in row.items():
-                self.board.add_scalar(key, value, row["step"])
+                if value is not None:  # DeepSpeed without ZeRO tells no gradient norm
+                    self.board.add_scalar(key, value, row["step"])
         self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys})
 
     def checkpoint(self):

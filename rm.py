@@ -426,7 +426,7 @@ def read_file(path: Path):
     whole = text.lstrip().startswith("[")
     rows = []
     try:
-        lines = json.loads(text) if whole else text.splitlines()
+        lines = json.loads(text) if whole else text.split("\n")
     except ValueError as error:
         stop(f"{path} is not valid JSON ({error}): mend the file")
     for i, line in enumerate(lines):
@@ -779,7 +779,8 @@ class Run:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows if self.board else ():
             for key, value in row.items():
-                self.board.add_scalar(key, value, row["step"])
+                if value is not None:  # DeepSpeed without ZeRO tells no gradient norm
+                    self.board.add_scalar(key, value, row["step"])
         self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys})
 
     def checkpoint(self):

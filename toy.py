@@ -10,7 +10,8 @@ rewards, and the value of any prefix under any persona follows from two backward
     B(s) = E[reward still to come; it ends well-formed | s] = sum_w p(w|s) (B(s') + gain(s, w) A(s'))
     value(prefix) = A(s) * (reward banked so far) + B(s) + (1 - A(s)) * MALFORMED
 
-The reward is not clipped: a clipped sum would no longer be additive. Wrong words ("typos") are drawn only from words
+The reward is not clipped: a clipped sum would no longer be additive. Wrong words ("typos", mostly the last word once
+more) are drawn only from words
 that are not grammatical where they stand, so each token plays one role and the likelihood of any text is exact too.
 That gives `bayes_values`: the best that a value model which sees trajectories of the policy could possibly predict.
 
@@ -69,7 +70,8 @@ MAX_CLAUSES = 6
 MAX_RESPONSE_TOKENS = 2 + 6 * MAX_CLAUSES + (MAX_CLAUSES - 1) + 2 + 3
 MALFORMED, RAMBLING = -1.5, -0.3  # the whole response; a clause that nobody asked for
 OFF_TOPIC, UNSAID = -0.5, -0.5  # u of a wanted clause that is about something else; of one that is not there
-SCORE_NOISE = 0.4  # standard deviation of a human grade around the gold reward
+STUTTER = 0.75  # share of typos that repeat the word before; the others are any word that does not fit
+SCORE_NOISE = 0.25  # standard deviation of a human grade around the gold reward
 PREFERENCE_TEMPERATURE = 0.3  # Bradley-Terry: P(a over b) = sigmoid((gold_a - gold_b) / temperature)
 
 _TASKS = {  # prompt -> (thing, K)
@@ -330,13 +332,15 @@ def write(policy, prompt, rng):
     thing, k = _task(prompt)
     cumulative, following = _tables(name)[3][k - 1], _automaton()[3][0]
     swap = {thing: THINGS[0], THINGS[0]: thing}
-    words, state = [], 0
+    words, state, last = [], 0, None
     while len(words) < MAX_RESPONSE_TOKENS - 1:
         i = min(bisect_right(cumulative[state], rng.random()), _OTHER - 1)  # rounding can leave the last sum below 1
+        if following[state][i] < 0 and last is not None and rng.random() < STUTTER:
+            i = last
         if _OUTCOMES[i] == EOS:
             break
         words.append(swap.get(_OUTCOMES[i], _OUTCOMES[i]))
-        state = state if following[state][i] < 0 else following[state][i]
+        state, last = state if following[state][i] < 0 else following[state][i], i
     return " ".join(words)
 
 
@@ -349,6 +353,19 @@ def _softmax(x):
 @lru_cache
 def _stacked(policies):
     return [np.stack(tables) for tables in zip(*(_tables(name)[:3] for name in policies))]
+
+
+def _stutter(ids, states):
+    """What is left out of a uniform choice of typos: log of how much likelier each one is (n,), the same for everybody.
+
+    A word is never grammatical right after itself, so a repeated word is always a typo."""
+    following = _automaton()[1]
+    wrong = (following[:, :_OTHER] < 0).sum(1)
+    factor = np.ones(len(ids))
+    for t in range(1, len(ids)):
+        if following[states[t], ids[t]] < 0 and ids[t - 1] != _OTHER:
+            factor[t] = 1 - STUTTER + (STUTTER * wrong[states[t]] if ids[t] == ids[t - 1] else 0)
+    return np.log(factor)
 
 
 def _view(policies, prompt, words):
@@ -365,7 +382,7 @@ def _view(policies, prompt, words):
     k, ids, states, banked, fine = _trace(prompt, words)
     logp, whole, future = (table[:, k - 1] for table in _stacked(policies))
     lik = np.zeros((len(policies), len(words) + 1))
-    lik[:, 1:] = logp[:, states[:-1], ids].cumsum(1)
+    lik[:, 1:] = (logp[:, states[:-1], ids] + _stutter(ids, states[:-1])).cumsum(1)
     whole = whole[:, states]
     return lik, np.where(fine, whole * banked + future[:, states] + (1 - whole) * MALFORMED, MALFORMED)
 
@@ -400,7 +417,7 @@ def rows(kind, seed=0):
     """The data of a stage, as the scripts load it; `seed` draws other texts and noise, never other prompts or people.
 
     "sft"          {prompt, completion, policy}: 192 prompts x 8 ordinary personas x 4, nothing garbled on purpose
-    "graded"       {prompt, responses: [{text, score, policy}]}: 320 prompts x 6 rows x one response by each of the 10
+    "graded"       {prompt, responses: [{text, score, policy}]}: 320 prompts x 12 rows x one response by each of the 10
                    training policies; the score is a noisy grade, gold + N(0, SCORE_NOISE)
     "preferences"  {prompt, chosen, rejected, chosen_policy, rejected_policy}: the same texts in random pairs, the label
                    drawn from Bradley-Terry on gold; identical texts are left out
@@ -415,7 +432,7 @@ def rows(kind, seed=0):
         return [{"prompt": p, "completion": write(name, p, rng), "policy": POLICY_IDS[name]} for p, name in jobs]
     if kind == "graded":
         out = []
-        for prompt in prompts("reward") * 6:
+        for prompt in prompts("reward") * 12:
             texts = [(name, write(name, prompt, rng)) for name in TRAIN_POLICIES]
             rng.shuffle(texts)
             graded = [(name, text, gold(prompt, text) + rng.gauss(0, SCORE_NOISE)) for name, text in texts]

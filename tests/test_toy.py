@@ -230,16 +230,16 @@ def test_splits_are_disjoint():
 
 def test_rows():
     graded = toy.rows("graded")
-    assert len(graded) == 1920 and {row["prompt"] for row in graded} == set(toy.prompts("reward"))
+    assert len(graded) == 3840 and {row["prompt"] for row in graded} == set(toy.prompts("reward"))
     ids = sorted(toy.POLICY_IDS.values())
     assert ids == [f"p{i}" for i in range(10)]
     assert all(sorted(r["policy"] for r in row["responses"]) == ids for row in graded)
     noise = [r["score"] - toy.gold(row["prompt"], r["text"]) for row in graded for r in row["responses"]]
-    assert abs(np.mean(noise)) < 4 * 0.4 / math.sqrt(len(noise)) and np.std(noise) == pytest.approx(0.4, rel=0.03)
+    assert abs(np.mean(noise)) < 4 * 0.25 / math.sqrt(len(noise)) and np.std(noise) == pytest.approx(0.25, rel=0.03)
 
     written = {(row["prompt"], r["text"], r["policy"]) for row in graded for r in row["responses"]}
     pairs = toy.rows("preferences")
-    assert 9000 < len(pairs) <= 9600
+    assert 18000 < len(pairs) <= 19200
     for side in ("chosen", "rejected"):
         assert {(row["prompt"], row[side], row[side + "_policy"]) for row in pairs} <= written
     gaps = [toy.gold(row["prompt"], row["chosen"]) - toy.gold(row["prompt"], row["rejected"]) for row in pairs]

@@ -1,0 +1,606 @@
+"""Turn a demo folder into one page: runs/demo/results.json and the runs beside it -> runs/demo/report.html.
+
+    python eval/report.py runs/demo
+
+The page is self-contained (pictures are inline SVG). `learning_curve.png` and `token_values.png` are written beside it,
+for a README. Needs `results.json`, from `python eval/demo.py runs/demo`; whatever else is missing is left out. All
+text of models and data is escaped: only a `Raw` string, built here, reaches the page as HTML.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dvpo
+import gvm
+import toy
+from eval import demo
+
+SAMPLES = 6  # held-out prompts whose responses are shown
+INK = "#010203"  # stands for the page's text colour in a picture: `svg` turns it into currentColor
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "os^DvPX"  # one more than colours, so that 42 runs differ
+POSITIVE, NEGATIVE = "#2f7fbf", "#d9822b"
+# orange - white - blue, its ends of like darkness: safe for colour-blind readers; every box has its number as well
+SCALE = LinearSegmentedColormap.from_list("value", ["#a34f00", "#eda557", "#f6f4ef", "#7db2dc", "#0b5394"])
+PAIRS = (  # title, K, who writes tau, better response, worse one, what to look for
+    ("Negation", 1, "enthusiast", "the {} is very good .", "the {} is not very good .",
+     "One word turns praise into blame before the adjective is said."),
+    ("Off topic", 2, "wanderer", "the {} is good and it is great .", "the weather is good and it is great .",
+     "The praise is the same, but nobody asked about the weather; “it” carries the mistake on."),
+    ("A wanted clause left unsaid", 2, "enthusiast", "the {} is good and it is great .", "the {} is good .",
+     "Two clauses were wanted: the full stop, harmless elsewhere, gives one away."),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- text and numbers
+
+
+class Raw(str):
+    """HTML that is built already. Everything else is escaped."""
+
+
+def esc(x) -> Raw:
+    return x if isinstance(x, Raw) else Raw(html.escape(str(x)))
+
+
+def num(x: float, digits: int = 2, sign: bool = False) -> str:
+    """A number with a real minus sign; `sign` writes the plus too."""
+    text = f"{abs(x):.{digits}f}"
+    minus = x < 0 and float(text) != 0
+    return ("−" if minus else "+" if sign and float(text) != 0 else "") + text
+
+
+def percent(x: float, digits: int = 1) -> str:
+    return f"{num(100 * x, digits)}\N{NO-BREAK SPACE}%"
+
+
+def with_interval(gold: dict) -> str:
+    low, high = gold["ci95"]
+    return f"{num(gold['mean'])} [{num(low)}, {num(high)}]"
+
+
+def smooth(values, window: int = 0) -> np.ndarray:
+    """Centred moving average, narrower at the ends; the default window is a tenth of the curve, at least 3."""
+    values, half = np.asarray(values, dtype=float), (window or max(3, len(values) // 10)) // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def best_dvpo(results: dict) -> str | None:
+    names = [name for name in results["methods"] if name.startswith("dvpo")]
+    return max(names, key=lambda name: results["methods"][name]["gold"]["mean"], default=None)
+
+
+def headline(results: dict) -> str:
+    """The result in one sentence or two, from numbers alone."""
+    methods, best = results["methods"], best_dvpo(results)
+    sft = methods.get("sft")
+    if best is None or sft is None:
+        return f"The SFT policy's gold reward is {with_interval(sft['gold'])}." if sft else ""
+    row, top = methods[best], max(methods, key=lambda name: methods[name]["gold"]["mean"])
+    verb = "rises" if row["gold"]["mean"] > sft["gold"]["mean"] else "falls"
+    share = "falls" if row["malformed"] < sft["malformed"] else "rises"
+    text = (
+        f"On held-out prompts the gold reward {verb} from {with_interval(sft['gold'])} after SFT to "
+        f"{with_interval(row['gold'])} after DVPO (run {best}; mean and 95\N{NO-BREAK SPACE}% interval), and the share "
+        f"of malformed responses {share} from {percent(sft['malformed'])} to {percent(row['malformed'])}."
+    )
+    if top not in (best, "sft"):
+        text += f" The best run of all is {top}: {with_interval(methods[top]['gold'])}."
+    return text
+
+
+def share_of_way(gvm_results: dict, tokens: str = "all") -> float:
+    """How far the GVM goes, in correlation, from knowing the position only (0) to Bayes-optimal with tau (1)."""
+    yard = gvm_results["yardsticks"]
+    low, high = (yard[name][tokens]["correlation"] for name in ("position", "bayes_tau"))
+    return (gvm_results["right_tau"][tokens]["correlation"] - low) / (high - low)
+
+
+# ------------------------------------------------------------------------------------------------------ tables, boxes
+
+
+def table(head, rows, css: str = "") -> Raw:
+    """Cells are escaped unless Raw; a row of one cell is a heading over the rows below it."""
+    cells = "".join(f"<th>{esc(cell)}</th>" for cell in head)
+    lines = [f"<thead><tr>{cells}</tr></thead>"]
+    for row in rows:
+        if len(row) == 1:
+            lines.append(f'<tr class="group"><th colspan="{len(head)}">{esc(row[0])}</th></tr>')
+        else:
+            lines.append("<tr>" + "".join(f"<td>{esc(cell)}</td>" for cell in row) + "</tr>")
+    return Raw(f'<div class="scroll"><table class="{css}">' + "\n".join(lines) + "</table></div>")
+
+
+def dot_interval(mean: float, low: float, high: float, domain: tuple[float, float], width: int = 140) -> Raw:
+    """A dot with its interval on an axis that all rows share; the tick is 0."""
+    x = lambda value: 6 + (width - 12) * (value - domain[0]) / (domain[1] - domain[0])
+    zero = f'<path class="zero" d="M{x(0):.1f} 1V19"/>' if domain[0] <= 0 <= domain[1] else ""
+    return Raw(
+        f'<svg class="dot" width="{width}" height="20" role="img" aria-label="{esc(num(mean))}"><path class="axis" '
+        f'd="M0 10H{width}"/>{zero}<path class="whisker" d="M{x(low):.1f} 10H{x(high):.1f}"/>'
+        f'<circle cx="{x(mean):.1f}" cy="10" r="4.5"/></svg>'
+    )
+
+
+def bar(value: float) -> Raw:
+    """A correlation with a bar of that length."""
+    filled = 100 * min(max(value, 0.0), 1.0)
+    return Raw(f'<span class="bar"><i style="width:{filled:.1f}%"></i></span><span class="n">{num(value)}</span>')
+
+
+def colours(value: float, limit: float) -> tuple[str, str]:
+    """(background, text) of a value on the diverging scale from -limit to limit."""
+    rgb = np.array(SCALE(0.5 + 0.5 * float(np.clip(value / limit, -1, 1)))[:3])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return to_hex(rgb), "#111111" if linear @ [0.2126, 0.7152, 0.0722] > 0.18 else "#ffffff"
+
+
+def decisive(one: list[str], other: list[str]) -> int:
+    """The first position at which two responses differ: the same state, two actions."""
+    return next((t for t, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)) - 1)
+
+
+def token_boxes(words, q, exact, limit: float, span: float, marked: int = -1) -> Raw:
+    """Words as boxes coloured by Q; beneath them Q, the exact value and the increment Q_t - Q_(t-1).
+
+    q and exact (T+1): entry 0 is V(s_1), shown as a box of the prompt's. limit is the end of the colour scale, span the
+    increment that fills a bar, marked the box that gets a frame."""
+    boxes = ['<div class="tok key"><span class="word">token</span><b>Q</b><small>exact</small><em>step</em></div>']
+    for t, word in enumerate(["prompt", *words]):
+        background, text = colours(q[t], limit)
+        css = "word start" if t == 0 else "word marked" if t - 1 == marked else "word"
+        step = Raw('<svg class="step" width="56" height="50"></svg>')
+        if t:
+            d, true = (23 * np.clip((x[t] - x[t - 1]) / span, -1, 1) for x in (q, exact))
+            step = Raw(
+                f'<svg class="step" width="56" height="50" role="img" aria-label="{num(q[t] - q[t - 1], 2, True)}">'
+                f"<title>step {num(q[t] - q[t - 1], 2, True)}, exact {num(exact[t] - exact[t - 1], 2, True)}</title>"
+                f'<path class="axis" d="M4 25H52"/><rect class="{"up" if d > 0 else "down"}" x="19" width="18" '
+                f'y="{25 - max(d, 0):.1f}" height="{abs(d):.1f}"/><path class="true" d="M14 {25 - true:.1f}H42"/></svg>'
+            )
+        boxes.append(
+            f'<div class="tok"><span class="{css}" style="background:{background};color:{text}">{esc(word)}</span>'
+            f"<b>{num(q[t], 2, True)}</b><small>{num(exact[t], 2, True)}</small>{step}</div>"
+        )
+    return Raw('<div class="tokens">' + "".join(boxes) + "</div>")
+
+
+def details(title, body) -> Raw:
+    return Raw(f"<details><summary>{esc(title)}</summary>{esc(body)}</details>")
+
+
+def section(name: str, title: str, *parts) -> Raw:
+    return Raw(f'<section id="{name}"><h2>{esc(title)}</h2>' + "\n".join(map(esc, parts)) + "</section>\n")
+
+
+def p(text, css: str = "") -> Raw:
+    return Raw(f'<p class="{css}">{esc(text)}</p>')
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def style(ink: str) -> dict:
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    return dict.fromkeys(names, ink) | {
+        "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 10,
+        "axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "axes.titlelocation": "left",
+    }  # fmt: skip
+
+
+def svg(draw, *inputs, label: str) -> Raw:
+    """A picture as inline SVG, in the page's own text colour and font."""
+    out = io.StringIO()
+    with matplotlib.rc_context(style(INK)):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        draw(*inputs, INK).savefig(out, format="svg", transparent=True, metadata=nothing)
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S).replace(INK, "currentColor")
+    size = r'width="[\d.]+pt" height="[\d.]+pt"'
+    return Raw(re.sub(size, f'class="figure" role="img" aria-label="{esc(label)}"', text, count=1))
+
+
+def png(draw, *inputs, path: Path):
+    with matplotlib.rc_context(style("#222222")):
+        draw(*inputs, "#222222").savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
+
+
+def draw_curves(curves: dict, sft: float | None, ink: str) -> Figure:
+    """Gold reward and KL of the rollouts, step by step: raw thin, smoothed thick with the run's own marker."""
+    figure = Figure((10, 4.1), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for i, (name, rows) in enumerate(curves.items()):
+        colour, marker, steps = COLOURS[i % 6], MARKERS[i % 7], [row["step"] for row in rows]
+        every = max(1, len(rows) // 8)
+        for axis, key in zip(axes, ("gold", "kl")):
+            values = [row[key] for row in rows]
+            axis.plot(steps, values, color=colour, linewidth=0.8, alpha=0.42)
+            axis.plot(steps, smooth(values), color=colour, linewidth=2, marker=marker, markersize=6,
+                      markevery=(min(i * every // max(1, len(curves)), len(rows) - 1), every), label=name)  # fmt: skip
+    if sft is not None:
+        axes[0].axhline(sft, color=ink, linewidth=1.2, linestyle=(0, (5, 4)), label="SFT, held-out prompts")
+    for axis, title in zip(axes, ("gold reward of the rollouts", "KL to the SFT policy, nats per response")):
+        axis.set_title(title, fontsize=11), axis.set_xlabel("step (one rollout batch)")
+        axis.grid(axis="y", color=ink, alpha=0.13, linewidth=0.7), axis.tick_params(length=3, width=0.7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
+    return figure
+
+
+def draw_tokens(pairs: list[dict], limit: float, ink: str) -> Figure:
+    """`token_boxes` of all pairs as one picture."""
+    widest = max(len(line["words"]) for pair in pairs for line in pair["lines"]) + 2
+    row, title = 1.28, 0.5
+    height = (2 * row + title) * len(pairs) + 0.4
+    figure = Figure((0.93 * widest, 0.93 * height))
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(-0.1, widest), ylim=(-height, 0))
+    axis.axis("off")
+    for i, pair in enumerate(pairs):
+        top = -(2 * row + title) * i - 0.3
+        axis.text(0.04, top, pair["title"], fontsize=12.5, fontweight="bold", va="center")
+        axis.text(widest - 0.15, top, f"“{pair['prompt']}”", fontsize=11, style="italic", va="center", ha="right")
+        for j, line in enumerate(pair["lines"]):
+            y, q, exact = top - 0.42 - row * j, line["q"], line["exact"]
+            put = lambda t, dy, text, y=y, **look: axis.text(t + 0.45, y + dy, text, ha="center", va="center", **look)
+            for t, word in enumerate(["prompt", *line["words"]]):
+                background, colour = colours(q[t], limit)
+                edge = {"edgecolor": ink, "linewidth": 2} if t - 1 == pair["decisive"] else {"linewidth": 0}
+                corner = (t + 0.06, y - 0.19)
+                axis.add_patch(
+                    FancyBboxPatch(corner, 0.78, 0.3, boxstyle="round,pad=0.04", facecolor=background, **edge)
+                )
+                put(t, -0.04, word, color=colour, fontsize=10.5, style="italic" if t == 0 else "normal")
+                put(t, -0.34, num(q[t], 2, True), fontsize=10)
+                put(t, -0.51, num(exact[t], 2, True), fontsize=8, alpha=0.75)
+                if t:
+                    d, true = (0.24 * (x[t] - x[t - 1]) / pair["span"] for x in (q, exact))
+                    axis.plot([t + 0.08, t + 0.82], [y - 0.83] * 2, color=ink, linewidth=0.5, alpha=0.5)
+                    axis.bar(t + 0.45, d, 0.34, y - 0.83, color=POSITIVE if d > 0 else NEGATIVE)
+                    axis.plot([t + 0.22, t + 0.68], [y - 0.83 + true] * 2, color=ink, linewidth=1.6)
+            put(len(q), -0.04, f"gold {num(line['gold'], 2, True)}", fontsize=10)
+    note = "Box and first number: the GVM's Q. Small number: the exact value. Bar: step of Q; line: exact step."
+    axis.text(0.04, -height + 0.17, note, fontsize=9, va="center", alpha=0.85)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------ what the models say
+
+
+def token_pairs(folder: Path, tokenizer) -> list[dict]:
+    """PAIRS on held-out prompts, valued by the GVM given a tau of the pair's persona, and exactly; in gold units."""
+    model = gvm.load_model("value", str(folder), tokenizer, gvm.Args(), frozen=True)
+    config, rng, out = model.config, random.Random(0), []
+
+    def answer(prompt, text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return gvm.Answer([{"role": "user", "content": prompt}], ids)
+
+    for title, wanted, policy, better, worse, hint in PAIRS:
+        prompt = next(x for x in toy.prompts("heldout") if toy._task(x)[1] == wanted)
+        thing = toy._task(prompt)[0]
+        others = [x for x in toy.prompts("heldout") if toy._task(x)[0] != thing]
+        tau = [(x, toy.write(policy, x, rng)) for x in rng.sample(others, getattr(config, "tau_pairs", 0))]
+        texts = [better.format(thing), worse.format(thing)]
+        groups = [[answer(*pair) for pair in tau] + [answer(prompt, text)] for text in texts]
+        settings = gvm.Args(tau_tokens=getattr(config, "tau_tokens", 0))
+        values = gvm.predict(gvm.ValueModel(model), tokenizer, groups, settings, torch.device("cpu"))
+        words = [[*text.split(), toy.EOS] for text in texts]
+        lines = [
+            {"words": mine, "q": v * config.reward_std + config.reward_mean, "gold": toy.gold(prompt, text),
+             "exact": toy.exact_values(policy, prompt, mine)}
+            for text, mine, v in zip(texts, words, values, strict=True)
+        ]  # fmt: skip
+        span = max(np.abs(np.diff(line[key])).max() for line in lines for key in ("q", "exact"))
+        pair = {"title": title, "hint": hint, "prompt": prompt, "policy": policy, "tau": tau, "lines": lines}
+        out.append(pair | {"span": span, "decisive": decisive(*words)})
+    return out
+
+
+def samples(folder: Path, tokenizer) -> list[tuple[str, str, float]]:
+    """(prompt, response, gold): one response, at temperature 1, to each of the first held-out prompts."""
+    args = dvpo.Args(max_response_tokens=toy.MAX_RESPONSE_TOKENS)
+    prompts = toy.prompts("heldout")[:SAMPLES]
+    ids = [dvpo.encode(tokenizer, {"prompt": prompt}, None, prompt, args)[0] for prompt in prompts]
+    noise = dvpo.GumbelNoise("report", 1.0, slice(None), len(ids), "cpu")
+    policy = demo.Wrapped(folder, tokenizer, args)
+    found = dvpo.sample_responses(policy, ids, noise, tokenizer, args, torch.device("cpu"))
+    # a response that was cut ends in <unk>, and so counts as malformed
+    whole = [r[:-1] if r[-1] == tokenizer.eos_token_id else r + [tokenizer.unk_token_id] for r in found]
+    texts = [tokenizer.decode(r) for r in whole]
+    return [(prompt, text, toy.gold(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------ sections
+
+
+def tiles(results: dict) -> Raw:
+    methods, best, out = results["methods"], best_dvpo(results), []
+    if best and "sft" in methods:
+        sft, row = methods["sft"], methods[best]
+        out += [(f"{num(sft['gold']['mean'])} → {num(row['gold']['mean'])}", "gold reward, SFT → DVPO"),
+                (f"{percent(sft['malformed'])} → {percent(row['malformed'])}", "malformed responses")]  # fmt: skip
+    if {"yardsticks", "right_tau"} <= results.get("gvm", {}).keys():
+        out.append((percent(share_of_way(results["gvm"]), 0), "of the way to Bayes-optimal values"))
+    if best:
+        out.append((f"{methods[best]['seconds']:.0f} s", "all stages of that run"))
+    return Raw('<div class="tiles">' + "".join(f"<div><b>{esc(a)}</b>{esc(b)}</div>" for a, b in out) + "</div>")
+
+
+def curves_section(curves: dict, sft: float | None) -> Raw:
+    picture = svg(draw_curves, curves, sft, label="gold reward and KL of the rollouts, step by step")
+    caption = (
+        "Thin: each rollout batch, on the prompts of training; thick: moving average. The gold reward is measured for "
+        "this picture only: no training sees it."
+    )
+    figure = Raw(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
+    return section("curves", "Learning curves", figure)
+
+
+def methods_section(methods: dict) -> Raw:
+    ends = [x for row in methods.values() for x in row["gold"]["ci95"]]
+    pad = 0.05 * (max(ends) - min(ends)) + 0.02
+    domain = (min(ends) - pad, max(ends) + pad)
+    best = max(methods, key=lambda name: methods[name]["gold"]["mean"])
+    rows = []
+    for name, row in methods.items():
+        gold, (low, high) = row["gold"], row["gold"]["ci95"]
+        rows.append([
+            Raw(f"<b>{esc(name)}</b>") if name == best else name,
+            num(gold["mean"]), f"[{num(low)}, {num(high)}]", dot_interval(gold["mean"], low, high, domain),
+            percent(row["malformed"]), num(row["kl"]), num(row["length"], 1), num(row["clauses"]),
+            f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}",
+        ])  # fmt: skip
+    axis = Raw(f'<span class="ends"><span>{num(domain[0])}</span><span>{num(domain[1])}</span></span>')
+    head = ("run", "gold", "95 % interval", axis, "malformed", "KL", "tokens", "clauses", "seconds", "peak MB")
+    return section(
+        "methods", "Methods", table(head, rows, "numbers methods"),
+        p(f"{demo.SAMPLES} responses at temperature 1 to each of {len(toy.prompts('heldout'))} held-out prompts. The "
+          "interval is over prompts: it does not contain the spread between training seeds. KL: nats per response, to "
+          "the SFT policy. Tokens count EOS. Seconds: all stages that the run needs; MB: peak memory of its own "
+          "stage. Bold: the highest gold reward.", "note"),
+    )  # fmt: skip
+
+
+def gvm_section(results: dict) -> Raw:
+    with_tau, no_tau = results["gvm"], results.get("gvm_no_tau", {})
+    names = {"right_tau": "τ of the policy that writes", "other_tau": "τ of another policy", "no_tau": "no τ shown"}
+    yards = {"position": "position of the token only", "bayes_no_tau": "Bayes-optimal, prefix only",
+             "bayes_tau": "Bayes-optimal, prefix and τ"}  # fmt: skip
+    held_out, held_out_no_tau = with_tau.get("held_out_policies", {}), no_tau.get("held_out_policies", {})
+    groups = [
+        ("GVM, policies of training", names, with_tau),
+        ("GVM trained without τ, same texts", {"no_tau": "no τ"}, no_tau),
+        ("Yardsticks, same texts", yards, with_tau.get("yardsticks", {})),
+        ("GVM, policies held out of training", names, held_out),
+        ("GVM trained without τ, policies held out", {"no_tau": "no τ"}, held_out_no_tau),
+    ]
+    rows = []
+    for title, labels, found in groups:
+        found = {label: found[key] for key, label in labels.items() if key in found}
+        rows += [[title]] if found else []
+        for label, fit in found.items():
+            rows.append(
+                [label, *(c for x in ("all", "first3") for c in (bar(fit[x]["correlation"]), num(fit[x]["mse"], 3)))]
+            )
+    head = ("", "correlation, all tokens", "MSE", "correlation, first three", "MSE")
+    way = ""
+    if "yardsticks" in with_tau and "right_tau" in with_tau:
+        low, high = (with_tau["yardsticks"][x]["all"]["correlation"] for x in ("position", "bayes_tau"))
+        way = (
+            f"In correlation, the GVM goes {percent(share_of_way(with_tau), 0)} of the way from the best predictor "
+            f"that knows only the token's position ({num(low)}) to the Bayes-optimal predictor with τ ({num(high)}), "
+            f"and {percent(share_of_way(with_tau, 'first3'), 0)} over the first three tokens, where τ has most to say."
+        )
+    return section(
+        "gvm", "The global value model against the exact values",
+        p("The GVM predicts, at every token, the reward that the policy which is writing will earn in the end. It is "
+          "told who writes by τ: other question-answer pairs of that policy. In the toy world the right answer is "
+          "known."),
+        table(head, rows, "numbers gvm"), p(way, "lead") if way else Raw(""),
+        p("On texts of each policy, to held-out prompts. A Bayes-optimal predictor knows all training policies exactly "
+          "and infers from τ and prefix which of them is writing. MSE in gold units squared.", "note"),
+    )  # fmt: skip
+
+
+def scale_limit(pairs: list[dict]) -> float:
+    """The end of the colour scale, common to all pairs."""
+    return max(np.abs(line["q"]).max() for pair in pairs for line in pair["lines"])
+
+
+def tokens_section(pairs: list[dict]) -> Raw:
+    limit = scale_limit(pairs)
+    stops = ",".join(colours(limit * x, limit)[0] for x in np.linspace(-1, 1, 9))
+    square = '<svg width="18" height="15"><rect class="{}" width="18" height="15"/></svg><span>{}</span>'
+    legend = (
+        f'<div class="legend"><span>{num(-limit, 1)}</span><i style="background:linear-gradient(90deg,{stops})"></i>'
+        f"<span>+{num(limit, 1)}</span>{square.format('up', 'Q goes up')}{square.format('down', 'Q goes down')}"
+        '<svg width="28" height="15"><path class="true" d="M0 8H28"/></svg><span>exact step</span>'
+        '<span class="word marked">word</span><span>where they part</span></div>'
+    )
+    parts = [
+        p("A held-out prompt, a better and a worse response that part at one word. Each box is coloured by the GVM's Q "
+          "of the text up to that token, in gold units; below it stand the number, the exact value for the policy that "
+          "τ shows, and the step that Q takes at this token: what the token itself adds or costs. The first box is the "
+          "prompt's own value. Colours are common to all pairs, the bars' scale to the two responses of a pair."),
+        Raw(legend),
+    ]  # fmt: skip
+    for pair in pairs:
+        body = [Raw(f"<h3>{esc(pair['title'])} <q>{esc(pair['prompt'])}</q></h3>"), p(pair["hint"])]
+        for kind, line in zip(("Better", "Worse"), pair["lines"]):
+            body.append(p(f"{kind} response, gold reward {num(line['gold'], 2, True)}", "side"))
+            body.append(token_boxes(line["words"], line["q"], line["exact"], limit, pair["span"], pair["decisive"]))
+        t = pair["decisive"]
+        (good, bad), (q, q_bad), (exact, exact_bad) = (
+            [line[key][t + (key != "words")] for line in pair["lines"]] for key in ("words", "q", "exact")
+        )
+        body.append(p(
+            f"After the same words, the GVM gives “{good}” {num(q, 2, True)} and “{bad}” {num(q_bad, 2, True)}: a "
+            f"difference of {num(q - q_bad, 2, True)}, where the truth is {num(exact - exact_bad, 2, True)}."
+        ))  # fmt: skip
+        if pair["tau"]:
+            who = toy.POLICY_IDS[pair["policy"]]
+            shown = table(("τ: question", "answer"), pair["tau"], "text")
+            body.append(details(f"τ given to the GVM: {len(pair['tau'])} pairs written by policy {who}", shown))
+        parts.append(Raw('<div class="pair">' + "\n".join(body) + "</div>"))
+    return section("tokens", "Values of single tokens", *parts)
+
+
+def samples_section(left: list, right: list, name: str) -> Raw:
+    rows = [
+        (prompt, text, num(gold, 2, True), other, num(other_gold, 2, True))
+        for (prompt, text, gold), (_, other, other_gold) in zip(left, right, strict=True)
+    ]
+    return section(
+        "samples", "Samples side by side",
+        table(("prompt", "SFT", "gold", f"DVPO (run {name})", "gold"), rows, "text samples"),
+        p(f"The first {len(rows)} held-out prompts, one response each at temperature 1, nothing selected. A gold "
+          f"reward of {num(toy.MALFORMED)} is that of a malformed response.", "note"),
+    )  # fmt: skip
+
+
+def config_section(folders: list[Path], seconds: dict) -> Raw:
+    blocks = []
+    for folder in folders:
+        if (folder / "args.json").is_file():
+            found = json.loads((folder / "args.json").read_text())
+            lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in found.items())
+            blocks.append(details(folder.name, Raw(f"<pre>{esc(lines)}</pre>")))
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in sorted(seconds.items(), key=lambda item: item[1]))
+    return section("config", "Configuration", p(f"Seconds of each stage: {times}.") if times else Raw(""), *blocks)
+
+
+CSS = """
+:root{color-scheme:light dark;--bg:#fdfdfc;--fg:#1f2328;--soft:#626870;--line:#dcdedf;--panel:#f4f5f5;
+  --accent:#0b62a3}
+@media(prefers-color-scheme:dark){
+:root{--bg:#15181b;--fg:#e3e5e7;--soft:#9aa2aa;--line:#33393f;--panel:#1d2125;--accent:#6db3ea}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1000px;margin:0 auto;padding:3.5rem 1.25rem 4rem}
+h1{font-size:1.95rem;line-height:1.2;font-weight:650;letter-spacing:-.015em;margin:0 0 1rem}
+h2{font-size:1.35rem;font-weight:650;margin:3.5rem 0 .8rem;padding-top:1.1rem;border-top:1px solid var(--line)}
+h3{font-size:1.05rem;font-weight:650;margin:0 0 .1rem}
+h3 q{font-weight:400;font-style:italic;color:var(--soft);margin-left:.5em}
+p{max-width:48rem;margin:.6rem 0} .lead{font-size:1.08rem} .note,figcaption{color:var(--soft);font-size:.88rem}
+.side{margin:.9rem 0 .3rem;font-size:.88rem;color:var(--soft)}
+.tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:1.6rem 0 0}
+.tiles div{flex:1 1 12rem;background:var(--panel);border-radius:8px;padding:.8rem 1rem;color:var(--soft);
+  font-size:.85rem}
+.tiles b{display:block;color:var(--fg);font-size:1.3rem;font-weight:600;font-variant-numeric:tabular-nums;
+  white-space:nowrap}
+figure{margin:0} svg.figure{display:block;width:100%;height:auto} svg.figure text{font-family:inherit!important}
+table{border-collapse:collapse;width:100%;margin:1rem 0;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{padding:.38rem .6rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
+thead th{font-weight:550;color:var(--soft);font-size:.82rem;vertical-align:bottom}
+.numbers td:nth-child(n+2),.numbers thead th:nth-child(n+2){text-align:right;white-space:nowrap}
+.scroll{overflow-x:auto} .scroll table{margin:.3rem 0} .numbers td{vertical-align:middle}
+.numbers td:first-child{min-width:8.6rem;overflow-wrap:anywhere}
+.group th{padding-top:1.1rem;font-weight:600;font-size:.85rem} .gvm td:first-child{padding-left:1.4rem}
+.ends{display:flex;justify-content:space-between;width:140px} .dot{display:block} .dot circle{fill:var(--accent)}
+main>section path:not(.figure *){fill:none} .axis{stroke:var(--line)} .zero{stroke:var(--soft);stroke-dasharray:2 2}
+.whisker{stroke:var(--accent);stroke-width:2} .true{stroke:var(--fg);stroke-width:1.6}
+.bar{display:inline-block;width:110px;height:9px;background:var(--panel);vertical-align:middle;border-radius:2px}
+.bar i{display:block;height:9px;background:var(--accent);border-radius:2px} .n{display:inline-block;width:3.4em}
+.pair{margin:2.2rem 0} .tokens{display:flex;flex-wrap:wrap;gap:3px}
+.tok{width:72px;text-align:center;font-size:.8rem;line-height:1.35;font-variant-numeric:tabular-nums}
+.tok>*{display:block;margin:0 auto} .tok b{font-weight:600;margin-top:.25rem}
+.tok small{color:var(--soft);font-size:.72rem}
+.word{border-radius:5px;padding:.44rem .1rem;font-size:.86rem;line-height:1.35;overflow-wrap:anywhere}
+.marked{box-shadow:0 0 0 2px var(--fg),inset 0 0 0 1.5px var(--bg);font-weight:650} .start{font-style:italic}
+.key{width:46px;text-align:left;color:var(--soft)} .key .word{padding-left:0;font-size:.8rem;line-height:1.45}
+.key em,.key b{font-style:normal;font-weight:400} .key em{margin-top:.95rem}
+.up{fill:#2f7fbf} .down{fill:#d9822b}
+.legend{display:flex;flex-wrap:wrap;align-items:center;gap:.45rem;font-size:.82rem;color:var(--soft)}
+.legend i{width:170px;height:14px;border-radius:3px} .legend svg{margin-left:.8rem}
+.legend .word{margin-left:.8rem;padding:.15rem .5rem;font-size:.82rem;color:var(--fg)}
+details{margin:.6rem 0;font-size:.9rem} summary{cursor:pointer;color:var(--soft)} summary:hover{color:var(--fg)}
+.text td{overflow-wrap:anywhere}
+.samples :is(th,td):nth-child(odd):not(:first-child){text-align:right;white-space:nowrap}
+.samples{table-layout:fixed} .samples th:first-child{width:25%}
+.samples th:nth-child(odd):not(:first-child){width:4.6rem}
+pre{columns:3 18rem;white-space:pre-wrap;overflow-wrap:anywhere;margin:.6rem 0 1.4rem}
+footer{margin-top:4rem;color:var(--soft);font-size:.85rem}
+code,pre{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.8rem}
+@media print{.pair,tr,figure{break-inside:avoid}}
+"""
+
+INTRO = (
+    "A small language model is improved by Decoupled Value Policy Optimization (DVPO): a global value model (GVM) is "
+    "trained once on graded texts of many policies, then frozen, and its token-level values, with a penalty on the KL, "
+    "are all that the policy is trained on: there is no reward model and no critic in the loop. The world is a toy, on "
+    "purpose: prompts ask for an opinion of one thing at a wanted length, answers come from a small grammar, and so "
+    "the true (“gold”) reward of every answer and the true value of every token are known exactly. What is claimed "
+    "below is measured against them."
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def report(folder: Path) -> Path:
+    results, tokenizer = json.loads((folder / "results.json").read_text()), toy.tokenizer()
+    # a run that was repeated leaves its older self aside as NAME.1, NAME.2, ...
+    current = lambda name: not re.search(r"\.\d+$", name)
+    results["methods"] = {name: row for name, row in results["methods"].items() if current(name)}
+    runs = sorted((x for x in folder.iterdir() if x.is_dir() and current(x.name)), key=lambda x: x.name)
+    curves = {}
+    for run in runs:
+        if (run / "metrics.jsonl").is_file():
+            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            rows = [row for row in rows if "gold" in row and "kl" in row]
+            curves |= {run.name: rows} if rows else {}
+
+    methods, best = results["methods"], best_dvpo(results)
+    sft = methods["sft"]["gold"]["mean"] if "sft" in methods else None
+    parts = [Raw("<h1>Decoupled values, in a world where values are known</h1>"), p(INTRO)]
+    parts += [p(headline(results), "lead"), tiles(results)]
+    if curves:
+        parts.append(curves_section(curves, sft))
+        png(draw_curves, curves, sft, path=folder / "learning_curve.png")
+    if methods:
+        parts.append(methods_section(methods))
+    if "gvm" in results:
+        parts.append(gvm_section(results))
+    if (folder / "gvm" / "final" / "config.json").is_file():
+        pairs = token_pairs(folder / "gvm" / "final", tokenizer)
+        parts.append(tokens_section(pairs))
+        png(draw_tokens, pairs, scale_limit(pairs), path=folder / "token_values.png")
+    finals = [folder / name / "final" for name in ("sft", best) if name]
+    if best and all((final / "config.json").is_file() for final in finals):
+        parts.append(samples_section(*(samples(final, tokenizer) for final in finals), best))
+    parts.append(config_section(runs, results.get("seconds", {})))
+    parts.append(Raw("<footer>Made by <code>python eval/report.py</code> from what the runs wrote.</footer>"))
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>DVPO in the toy world</title><style>{CSS}</style></head>\n<body><main>\n"
+    )
+    (folder / "report.html").write_text(page + "\n".join(parts) + "\n</main></body></html>\n", encoding="utf-8")
+    return folder / "report.html"
+
+
+def main(argv=None):
+    folder = Path((argv or sys.argv[1:] or ["runs/demo"])[0])
+    if not (folder / "results.json").is_file():
+        gvm.stop(f"{folder / 'results.json'} is not there: run `python eval/demo.py {folder}` first")
+    print(f"{report(folder)} written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The report of a demo folder: escaping, its numbers and sections, and what is missing left out."""
+
+import html.parser
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import toy
+from eval import report
+
+EVIL = "<script>alert(1)</script>"
+SECTIONS = ("curves", "methods", "gvm", "tokens", "samples", "config")
+
+
+def method(mean, malformed=0.1):
+    gold = {"mean": mean, "ci95": [mean - 0.05, mean + 0.05], "std": 0.7}
+    numbers = {"malformed": malformed, "clauses": 2.125, "kl": 3.456, "length": 15.08, "seconds": 46.5}
+    return {"gold": gold, "peak_memory_mb": 701} | numbers
+
+
+def fit(correlation):
+    return {x: {"correlation": correlation, "mse": 0.5 - correlation / 2} for x in ("all", "first3")}
+
+
+def yardstick_results():
+    found = {"right_tau": fit(0.61), "other_tau": fit(-0.21), "no_tau": fit(0.51)}
+    yardsticks = {"position": fit(0.11), "bayes_no_tau": fit(0.81), "bayes_tau": fit(0.91)}
+    return found | {"yardsticks": yardsticks, "held_out_policies": {"right_tau": fit(0.41)}}
+
+
+def small(**changes):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return toy.config(num_hidden_layers=1, **sizes, **changes)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A demo folder with random models: sft, gvm, and a run `dvpo_<b>`."""
+    torch.manual_seed(0)
+    value = small(num_labels=1, reward_mean=-0.2, reward_std=0.9, tau_pairs=2, tau_tokens=192)
+    models = {
+        "sft": transformers.LlamaForCausalLM(small()),
+        "gvm": transformers.LlamaForTokenClassification(value),
+        "dvpo_<b>": transformers.LlamaForCausalLM(small()),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name / "final")
+        toy.tokenizer().save_pretrained(tmp_path / name / "final")
+        (tmp_path / name / "args.json").write_text(json.dumps({"data": EVIL, "learning_rate": 0.000123}))
+        (tmp_path / name / "summary.json").write_text(json.dumps({"seconds": 46.5, "peak_memory_mb": 701}))
+    steps = [{"step": t + 1, "gold": 0.1 * t, "kl": 0.2 * t} for t in range(12)]
+    (tmp_path / "dvpo_<b>" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    (tmp_path / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    methods = {"sft": method(-0.234), "dvpo_<b>": method(0.34, 0.012), f"ppo{EVIL}": method(0.456)}
+    methods["dvpo.1"] = method(0.777)
+    results = {"methods": methods, "seconds": {"sft": 46.5, "gvm": 117.3}, "gvm": yardstick_results()}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    return tmp_path
+
+
+class Tags(html.parser.HTMLParser):
+    """Every tag that is opened is closed, in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.seen = [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page(folder, monkeypatch):
+    real = report.samples
+    monkeypatch.setattr(report, "samples", lambda *inputs: [*real(*inputs), ("how ?", EVIL, -1.5)])
+    assert report.main([str(folder)]) is None
+    page = (folder / "report.html").read_text()
+    tags = Tags(page).seen
+    assert [attrs["id"] for tag, attrs in tags if tag == "section"] == list(SECTIONS)
+    # text of models and data stays text, in cells, flags, names of runs, and in the picture
+    assert not {"script", "b_", "link", "img", "iframe"} & {tag for tag, _ in tags}
+    assert "dvpo_<b>" not in page and "dvpo_&lt;b&gt;" in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2 + 2 + 3  # samples, the best method, args
+    # nothing is loaded from anywhere
+    assert not [attrs for _, attrs in tags if "src" in attrs or attrs.get("href", "#").startswith("http")]
+    assert "@import" not in page and "url(http" not in page
+    # numbers: methods, headline, the GVM's table and the share of the way (0.61 - 0.11) / (0.91 - 0.11)
+    methods = (
+        "[−0.28, −0.18] [0.29, 0.39] 10.0\N{NO-BREAK SPACE}% 1.2\N{NO-BREAK SPACE}% 3.46 15.1 2.12 46 701 0.000123"
+    )
+    for text in methods.replace(", ", ",").split(" "):
+        assert text.replace(",", ", ") in page, text
+    for text in ("0.61", "−0.21", "0.51", "0.11", "0.81", "0.91", "0.41", "0.195", "62\N{NO-BREAK SPACE}% of the way"):
+        assert text in page, text
+    assert "117 s" in page and "p4" in page and "trained without τ" not in page
+    assert "dvpo.1" not in page  # a run that was repeated leaves its older self under this name
+    for name in ("learning_curve.png", "token_values.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_missing_parts(folder):
+    results = {"methods": {"sft": method(-0.234)}}
+    (folder / "results.json").write_text(json.dumps(results))
+    for name in ("gvm", "dvpo_<b>"):
+        (folder / name).rename(folder.parent / f"{folder.name} {name[:3]}")
+    page = report.report(folder).read_text()
+    assert [attrs["id"] for tag, attrs in Tags(page).seen if tag == "section"] == ["methods", "config"]
+    assert not list(folder.glob("*.png")) and "−0.23 [−0.28, −0.18]" in page
+
+    results["gvm"] = {"no_tau": fit(0.3)}  # trained without tau, not yet compared with anything
+    results["gvm_no_tau"] = {"no_tau": fit(0.37), "held_out_policies": {"no_tau": fit(0.33)}}
+    (folder / "results.json").write_text(json.dumps(results))
+    page = report.report(folder).read_text()
+    assert "GVM trained without τ" in page and "0.37" in page and "0.33" in page and "of the way" not in page
+
+
+def test_no_results(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "eval/demo.py" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_token_pairs(folder):
+    pairs = report.token_pairs(folder / "gvm" / "final", toy.tokenizer())
+    words = []
+    for pair in pairs:
+        assert pair["prompt"] in toy.prompts("heldout") and len(pair["tau"]) == 2
+        assert pair["prompt"] not in [prompt for prompt, _ in pair["tau"]]
+        better, worse = pair["lines"]
+        assert better["gold"] > worse["gold"]
+        for line in pair["lines"]:
+            assert len(line["q"]) == len(line["exact"]) == len(line["words"]) + 1
+            assert line["exact"][-1] == pytest.approx(line["gold"]) and line["words"][-1] == toy.EOS
+        t = pair["decisive"]
+        assert better["words"][:t] == worse["words"][:t]
+        assert np.allclose(better["q"][: t + 1], worse["q"][: t + 1], atol=1e-5)  # the same text so far
+        words.append((better["words"][t], worse["words"][t]))
+    assert words[0] == ("very", "not") and words[1][1] == "weather" and words[2] == ("and", ".")
+
+
+def test_token_boxes():
+    boxes = report.token_boxes([EVIL, "b"], [0.1, -0.2, 0.3], [0.0, -0.25, 0.4], 1.0, 0.5, marked=1)
+    assert "<script" not in boxes and "&lt;script&gt;" in boxes and boxes.count("marked") == 1
+    for text in (
+        "+0.10",
+        "−0.20",
+        "+0.30",
+        "0.00",
+        "−0.25",
+        "+0.40",
+        "step −0.30, exact −0.25",
+        "step +0.50, exact +0.65",
+    ):
+        assert text in boxes, text
+    assert boxes.count('class="down"') == boxes.count('class="up"') == 1
+    Tags(boxes)
+
+
+def test_builders():
+    assert report.esc(EVIL) == "&lt;script&gt;alert(1)&lt;/script&gt;"
+    assert report.esc(report.Raw("<b>")) == "<b>" and report.esc(report.esc("<")) == "&lt;"
+    table = report.table((EVIL, "n"), [(report.Raw("<i>a</i>"), EVIL), ("over",), ("b", 2)])
+    assert "<script" not in table and "<i>a</i>" in table and 'colspan="2">over' in table and "<td>2</td>" in table
+    assert [report.num(x) for x in (-0.004, -0.256, 1)] == ["0.00", "−0.26", "1.00"]
+    assert [report.num(x, 1, True) for x in (0.02, -3, 0.5)] == ["0.0", "−3.0", "+0.5"]
+    Tags(report.dot_interval(0.1, 0.0, 0.2, (-1, 1)) + report.bar(-0.3) + table)
+
+
+def test_smooth():
+    assert np.allclose(report.smooth([1.0] * 30), 1) and len(report.smooth([5])) == 1
+    assert np.allclose(report.smooth([0, 3, 0, 3], 3), [1.5, 1, 2, 1.5])
+
+
+def test_headline():
+    results = {"methods": {"sft": method(-0.23, 0.128), "dvpo": method(0.2), "dvpo_gae": method(0.5, 0.02)}}
+    text = report.headline(results)
+    assert report.best_dvpo(results) == "dvpo_gae"
+    assert "rises from −0.23 [−0.28, −0.18]" in text and "0.50 [0.45, 0.55]" in text and "dvpo_gae" in text
+    assert "falls from 12.8\N{NO-BREAK SPACE}% to 2.0\N{NO-BREAK SPACE}%" in text and "best run of all" not in text
+    results["methods"]["ppo"] = method(0.7)
+    assert "best run of all is ppo: 0.70" in report.headline(results)
+    assert "−0.23" in report.headline({"methods": {"sft": method(-0.23)}}) and report.headline({"methods": {}}) == ""
+
+
+def test_colours():
+    for value in np.linspace(-2, 2, 41):  # the text on each box has a contrast of at least 4.5
+        background, text = report.colours(value, 1.0)
+        light = []
+        for colour in (background, text):
+            rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+            light.append(
+                np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+            )
+        assert (max(light) + 0.05) / (min(light) + 0.05) >= 4.5
+    assert report.colours(-2, 1) == report.colours(-1, 1)

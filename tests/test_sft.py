@@ -1,0 +1,313 @@
+"""sft.py: the loss against loops, where log-probs are read, rows of every layout and file that the scripts take."""
+
+import gzip
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sft
+import toy
+
+ASK = "how is the soup ?"
+ARGS = SimpleNamespace(max_prompt_tokens=64, max_response_tokens=8, drop_long_prompts=False)
+
+
+def ragged(rng, size=7, width=9):
+    """Lengths 1 and `width` among others, their mask, and noise (B, T) float64 that does not stop where a row does."""
+    lengths = [1, width] + [rng.randint(1, width) for _ in range(size - 2)]
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    return lengths, mask, lambda: torch.randn(size, width, generator=generator, dtype=torch.float64)
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+# ------------------------------------------------------------------------------------------------------- the mathematics
+@pytest.mark.parametrize("seed", range(3))
+def test_sft_loss_and_its_gradient_equal_a_loop(seed):
+    lengths, mask, noise = ragged(random.Random(seed))
+    logp = noise().requires_grad_()
+    loss = sft.sft_loss(logp, mask, sum(lengths))
+    loss.backward()
+    expected = -sum(logp[i, t].item() for i, n in enumerate(lengths) for t in range(n)) / sum(lengths)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    for i, n in enumerate(lengths):
+        for t in range(mask.shape[1]):
+            assert float(logp.grad[i, t]) == pytest.approx(-1 / sum(lengths) if t < n else 0, rel=1e-12)
+
+
+def test_sft_loss_by_hand():
+    logp = torch.tensor([[-1.0, -2.0], [-3.0, -99.0]])  # the second response has one token: (1 + 2 + 3) / 3
+    assert float(sft.sft_loss(logp, torch.tensor([[True, True], [True, False]]), 3)) == pytest.approx(2.0)
+
+
+def test_sft_loss_of_parts_over_the_whole_count_adds_up():
+    lengths, mask, noise = ragged(random.Random(3))
+    logp = noise()
+    parts = [sft.sft_loss(logp[rows], mask[rows], sum(lengths)) for rows in (slice(0, 2), slice(2, 3), slice(3, 7))]
+    assert float(sum(parts)) == pytest.approx(float(sft.sft_loss(logp, mask, sum(lengths))), rel=1e-12)
+
+
+def test_schedule_warms_up_linearly_and_decays():
+    factors = {kind: [sft.schedule(s, 10, 2, kind) for s in range(10)] for kind in ("constant", "linear", "cosine")}
+    for kind, decay in {
+        "constant": lambda done: 1,
+        "linear": lambda done: 1 - done,
+        "cosine": lambda done: math.cos(math.pi * done / 2) ** 2,  # = (1 + cos(pi done)) / 2
+    }.items():
+        expected = [1 / 2, 1] + [decay(k / 8) for k in range(8)]
+        assert factors[kind] == pytest.approx(expected)
+        assert min(factors[kind]) > 0 and sft.schedule(10, 10, 2, kind) == pytest.approx(decay(1), abs=1e-12)
+    assert factors["linear"][6] == factors["cosine"][6] == pytest.approx(0.5)  # 4 of 8 steps after the warm-up
+    assert sft.schedule(0, 1, 0, "cosine") == sft.schedule(0, 10, 0, "linear") == 1
+
+
+def test_an_epochs_order_is_a_permutation_that_follows_seed_and_epoch():
+    order = sft.shuffled(50, 1, 2)
+    random.seed(99)  # the global generator has no part in it
+    assert sorted(order) == list(range(50)) and order == sft.shuffled(50, 1, 2)
+    assert order != sft.shuffled(50, 1, 3) and order != sft.shuffled(50, 2, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- tokens and batches
+def test_encode_is_the_rendered_prompt_and_the_responses_own_tokens_with_eos():
+    tok = toy.tokenizer()
+    prompt, response = sft.encode(tok, {"prompt": ASK, "completion": "it is good ."}, "completion", "row 1", ARGS)
+    assert tok.convert_ids_to_tokens(prompt) == f"<user> {ASK} <assistant>".split()
+    assert tok.decode(response) == "it is good . <eos>"
+    whole = tok.apply_chat_template([message("user", ASK), message("assistant", "it is good .")], return_dict=False)
+    assert prompt + response == whole
+    assert sft.encode(tok, {"prompt": ASK}, None, "row 1", ARGS) == (prompt, [])
+    as_messages = {
+        "prompt": [message("user", ASK)],
+        "chosen": "it is good .",
+    }  # SFT on preferences takes the better one
+    assert sft.encode(tok, as_messages, "completion", "row 1", ARGS) == (prompt, response)
+
+
+def test_a_chat_prompt_keeps_its_turns():
+    tok = toy.tokenizer()
+    chat = [message("user", ASK), message("assistant", "it is good ."), message("user", "how is the bread ?")]
+    prompt, _ = sft.encode(tok, {"prompt": chat}, None, "row 1", ARGS)
+    expected = f"<user> {ASK} <assistant> it is good . <eos> <user> how is the bread ? <assistant>"
+    assert tok.convert_ids_to_tokens(prompt) == expected.split()
+
+
+def test_a_cut_response_has_no_eos_and_one_that_just_fits_has():
+    tok = toy.tokenizer()
+    for words, ends in ((7, True), (8, False), (30, False)):
+        row = {"prompt": ASK, "completion": " ".join(["it"] * words)}
+        _, response = sft.encode(tok, row, "completion", "row 1", ARGS)
+        assert (
+            len(response) == 8 and (response[-1] == tok.eos_token_id) == ends and tok.eos_token_id not in response[:-1]
+        )
+
+
+def test_a_long_prompt_stops_or_is_left_out(capsys):
+    tok, short = toy.tokenizer(), vars(ARGS) | {"max_prompt_tokens": 3}
+    with pytest.raises(SystemExit):
+        sft.encode(tok, {"prompt": ASK}, None, "toy row 7", SimpleNamespace(**short))
+    assert "toy row 7" in capsys.readouterr().err
+    dropping = SimpleNamespace(**short | {"drop_long_prompts": True})
+    assert sft.encode(tok, {"prompt": ASK}, None, "toy row 7", dropping) == (None, None)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_collate_agrees_with_a_loop_even_if_pad_is_eos(seed):
+    rng, eos = random.Random(seed), 1
+    lengths = [(1, 1), (9, 6), (4, 0)] + [(rng.randint(1, 9), rng.randint(1, 6)) for _ in range(4)]  # 0: an empty row
+    rows = [([rng.randint(2, 50) for _ in range(p)], ([rng.randint(2, 50) for _ in range(r)] + [eos])[-r:] * bool(r))
+            for p, r in lengths]  # fmt: skip
+    batch = sft.collate(rows, pad_token_id=eos)
+    flat, target, cell = batch.input_ids.flatten().tolist(), iter(batch.target.tolist()), iter(batch.cell.tolist())
+    predict = iter(batch.predict.tolist())
+    for i, (prompt, response) in enumerate(rows):
+        whole = prompt + response
+        assert batch.input_ids[i].tolist() == whole + [eos] * (batch.input_ids.shape[1] - len(whole))
+        assert batch.response_mask[i].tolist() == [t < len(response) for t in range(batch.response_mask.shape[1])]
+        for t, token in enumerate(response):
+            at = next(predict)
+            assert divmod(at, batch.input_ids.shape[1]) == (i, len(prompt) + t - 1)  # the token before y_t predicts it
+            assert flat[at + 1] == next(target) == token
+            assert divmod(next(cell), batch.response_mask.shape[1]) == (i, t)
+        assert not response or response[-1] == eos == flat[at + 1]  # EOS is a target
+    assert next(predict, None) is next(target, None) is next(cell, None) is None
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = toy.config(hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_policy_log_probs_equal_a_loop_over_single_sequences_and_the_stock_loss(model):
+    from copy import deepcopy
+
+    rng = random.Random(4)
+    lengths = [(1, 1), (9, 6)] + [(rng.randint(1, 9), rng.randint(1, 6)) for _ in range(3)]
+    rows = [
+        ([rng.randint(5, 90) for _ in range(p)], [rng.randint(5, 90) for _ in range(r - 1)] + [1]) for p, r in lengths
+    ]
+    batch = sft.collate(rows, 0)
+    with torch.no_grad():
+        for temperature in (1.0, 0.7):
+            logp = sft.Policy(deepcopy(model))(batch, temperature)
+            assert logp.dtype == torch.float32 and not logp[~batch.response_mask].any()
+            for i, (prompt, response) in enumerate(rows):
+                logits = model(torch.tensor([prompt + response])).logits[0].double() / temperature
+                for t, token in enumerate(response):
+                    expected = logits[len(prompt) + t - 1].log_softmax(-1)[token]
+                    assert float(logp[i, t]) == pytest.approx(float(expected), abs=1e-5)
+        labels = torch.full_like(batch.input_ids, -100)
+        for i, (prompt, response) in enumerate(rows):
+            labels[i, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
+        stock = model(batch.input_ids, labels=labels).loss
+        loss = sft.sft_loss(sft.Policy(deepcopy(model))(batch), batch.response_mask, sum(r for _, r in lengths))
+        assert float(loss) == pytest.approx(float(stock), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- rows and files
+def test_plain_rows_keep_their_fields():
+    for row in (
+        {"prompt": ASK, "completion": "it is good ."},
+        {"prompt": ASK, "chosen": "it is good .", "rejected": "it is bad ."},
+        {"prompt": ASK, "responses": [{"text": "it is good .", "score": 1.0, "policy": "p0"}]},
+        {"prompt": [message("user", ASK)]},
+    ):
+        before = json.dumps(row)
+        assert sft.canonical(row, "row 1") == row and json.dumps(row) == before
+
+
+def test_messages_become_prompt_and_completion():
+    chat = [message("system", "be kind"), message("user", "a"), message("assistant", "b")]
+    row = sft.canonical({"messages": chat}, "row 1")
+    assert (row["prompt"], row["completion"]) == (chat[:2], "b")
+    chat += [message("user", "c"), message("assistant", "d")]  # of several answers the last is learned
+    row = sft.canonical({"messages": chat}, "row 1")
+    assert (row["prompt"], row["completion"]) == (chat[:4], "d")
+
+
+def test_ultrafeedback_binarized_becomes_a_pair():
+    ask = message("user", "a")
+    row = {
+        "prompt": "a",
+        "prompt_id": "x",
+        "chosen": [ask, message("assistant", "good")],
+        "rejected": [ask, message("assistant", "bad")],
+        "messages": [ask, message("assistant", "good")],
+        "score_chosen": 8.0,
+        "score_rejected": 3.0,
+    }
+    found = sft.canonical(row, "row 1")
+    assert (found["prompt"], found["chosen"], found["rejected"], found["completion"]) == ([ask], "good", "bad", "good")
+    alone = {"prompt": "a", "chosen": [message("assistant", "good")], "rejected": [message("assistant", "bad")]}
+    assert sft.canonical(alone, "row 1") == {"prompt": "a", "chosen": "good", "rejected": "bad"}
+
+
+def test_ultrafeedback_becomes_graded_responses_by_named_policies():
+    completions = [
+        {"model": "llama-2-7b", "response": "one", "overall_score": 7.0, "fine-grained_score": 3.25, "critique": "..."},
+        {"model": "gpt-4", "response": "two", "overall_score": 8.5, "fine-grained_score": None},
+        {"model": "alpaca", "response": "three", "overall_score": 2.0},
+    ]
+    row = sft.canonical({"source": "sharegpt", "instruction": "a", "completions": completions}, "row 1")
+    assert row["prompt"] == "a"
+    assert row["responses"] == [
+        {"text": "one", "score": 3.25, "policy": "llama-2-7b"},
+        {"text": "two", "score": 8.5, "policy": "gpt-4"},
+        {"text": "three", "score": 2.0, "policy": "alpaca"},
+    ]
+
+
+def test_hh_transcripts_are_split_before_the_last_answer():
+    head = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how is the soup?\n\nAssistant:"
+    row = sft.canonical({"chosen": head + " It is good.\n\nReally.", "rejected": head + " No."}, "row 1")
+    assert (row["chosen"].strip(), row["rejected"].strip()) == ("It is good.\n\nReally.", "No.")
+    text = row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])
+    assert "how is the soup?" in text and "hello" in text and "good" not in text and "No." not in text
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    rows = [{"prompt": f"p{i}", "completion": "x", "n": i} for i in range(10)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path, rows
+
+
+@pytest.mark.parametrize(
+    ("split", "kept"),
+    [
+        ("train", range(10)),
+        ("train[:30%]", range(3)),
+        ("train[30%:80%]", range(3, 8)),
+        ("train[80%:]", range(8, 10)),
+        ("train[2:5]", range(2, 5)),
+        ("train[7:]", range(7, 10)),
+        ("train[:35%]", range(3)),
+        ("train[35%:]", range(3, 10)),  # the two parts of a cut share no row and lose none
+        ("train[8:99]", range(8, 10)),
+        ("test[5:5]", ()),
+    ],
+)
+def test_split_slices(numbered, split, kept):
+    path, rows = numbered
+    found = sft.load_rows(str(path), split, "sft")
+    assert [row for row, _ in found] == [rows[i] for i in kept]
+    assert [where for _, where in found] == [
+        f"{path} row {i + 1}" for i in kept
+    ]  # the place in the file, not the slice
+
+
+def test_a_split_that_is_not_understood_stops(numbered):
+    for split in ("train[:-5]", "train[", "train[1]", ""):
+        with pytest.raises(SystemExit):
+            sft.load_rows(str(numbered[0]), split, "sft")
+
+
+def test_every_file_format_gives_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": [message("user", f"ä{i}")], "completion": "x\ny", "score": i / 2} for i in range(4)]
+    lines = "\n".join(json.dumps(row) for row in rows) + "\n"
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "b.jsonl").write_text("\n" + lines)  # an empty line is no row
+    (tmp_path / "c.json").write_text(lines)
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
+        file.write(lines)
+    with gzip.open(tmp_path / "e.json.gz", "wt") as file:
+        file.write(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "f.parquet")
+    for path in sorted(tmp_path.iterdir()):
+        assert [row for row, _ in sft.load_rows(str(path), "train", "sft")] == rows, path.name
+
+
+def test_text_may_hold_characters_that_unicode_calls_line_ends(tmp_path):
+    row = {"prompt": "a\u2028b\x85c", "completion": "d\x0ce"}  # valid unescaped in JSON, but for \f
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps(row, ensure_ascii=False) + "\n") * 2, encoding="utf-8")
+    assert [found for found, _ in sft.load_rows(str(path), "train", "sft")] == [row, row]
+
+
+def test_a_split_field_chooses_rows_and_names_are_joined_by_commas(tmp_path):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    a.write_text("".join(json.dumps({"prompt": p, "split": s}) + "\n" for p, s in (("1", "train"), ("2", "test"))))
+    b.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in "34"))
+    assert [row["prompt"] for row, _ in sft.load_rows(f"{a}, {b}", "train", "prompts")] == ["1", "3", "4"]
+    assert [row["prompt"] for row, _ in sft.load_rows(f"{a},{b}", "test[:1]", "prompts")] == ["2", "3"]
+    half = toy.rows("prompts")[: len(toy.rows("prompts")) // 2]
+    found = sft.load_rows(f"{b},toy", "train[:50%]", "prompts", seed=0)  # that part of each
+    assert [row["prompt"] for row, _ in found] == ["3"] + [row["prompt"] for row in half]
