@@ -32,6 +32,7 @@ import dataclasses
 import datetime
 import gzip
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -64,7 +65,7 @@ class Args:
     data: str = "toy"
     """prompts: `toy`, a hub name, or a .json/.jsonl(.gz)/.parquet file with `prompt`; several, comma-separated"""
     split: str = "train"
-    """the part of the data to read: `train`, `train[80%:]`, `train[2000:4000]`"""
+    """the part of the data to read: `train`, `train[80%:]` (of a fixed shuffle), `train[2000:4000]`"""
     output_dir: str = "runs/dvpo"
     """the run's folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/, final/"""
     seed: int = 0
@@ -294,7 +295,7 @@ def tau_partners(keys: list[str], pairs: int, seed: str) -> list[list[int]]:
 
     Chosen by global index, before sharding, so the result does not depend on the number of ranks."""
     rng, partners = random.Random(seed), []
-    for i, key in enumerate(keys):
+    for key in keys:
         others, seen = [], {key}
         for j in rng.sample(range(len(keys)), len(keys)):
             if len(others) == pairs:
@@ -387,7 +388,7 @@ def load_shared(args, tokenizer):
     model = load_model("causal", base, tokenizer, args, frozen=True)
     policy_config = lora_config(model, args) if args.lora_r else None
     weights = load_file(folder / "adapter_model.safetensors")
-    head = {name.rpartition(".")[2]: weights.pop(name) for name in list(weights) if ".score." in name}
+    head = {name.rpartition(".")[2]: weights.pop(name) for name in list(weights) if "lora_" not in name}
     config.modules_to_save, config.inference_mode = None, True
     shared = get_peft_model(model, config, adapter_name="gvm")
     set_peft_model_state_dict(shared, weights, adapter_name="gvm")
@@ -441,6 +442,10 @@ def train(args: Args) -> Path:
     gvm_config = AutoConfig.from_pretrained(args.gvm, trust_remote_code=args.trust_remote_code)
     tau_pairs = args.tau_pairs if args.tau_pairs >= 0 else getattr(gvm_config, "tau_pairs", 0)
     tau_tokens = getattr(gvm_config, "tau_tokens", 0)
+    if tau_pairs and not tau_tokens:
+        stop(
+            f"--tau_pairs {tau_pairs}: {args.gvm} was trained without tau; use 0, or train it with `python gvm.py --tau_pairs`"
+        )
 
     engine = Engine(policy, args, world)
     run = Run(args, engine, rank, args.steps, started, bar=("gold", "kl") if args.data == "toy" else ("value", "kl"))
@@ -511,7 +516,7 @@ def train(args: Args) -> Path:
             )
         tokens, q = mask.sum(), values[:, 1:]
         spread = ((q - (q * mask).sum() / tokens).square() * mask).sum() / tokens
-        rollout, scoring, updating = (round(b - a, 4) for a, b in zip(clock, clock[1:], strict=False))
+        rollout, scoring, updating = (round(b - a, 4) for a, b in itertools.pairwise(clock))
         metrics = {
             "value": (q.gather(1, lengths[:, None] - 1)).mean(),  # Q_T: the GVM's estimate of the standardised reward
             "kl": kl_mean,
@@ -611,7 +616,7 @@ def all_sum(x):
 
 
 # Copied from sft.shuffled
-def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
     random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -649,6 +654,8 @@ def load_rows(name: str, split: str, kind: str, seed: int = 0):
         except Exception as error:  # the hub's many ways to fail: not found, gated, no network, no such split
             stop(f"cannot load {name!r} (split {part[1]}): {str(error).splitlines()[0]} "
                  "Give a local .json/.jsonl(.gz)/.parquet file, a dataset on the hub that you can reach, or `toy`")  # fmt: skip
+    if part[3] or part[5]:  # shares of data that may be sorted by source: the same shuffle in every script
+        raw = [raw[i] for i in shuffled(len(raw), 0, "split")]
     start, end = (
         int(len(raw) * int(value) / 100) if percent else int(value) if value else default
         for value, percent, default in ((part[2], part[3], 0), (part[4], part[5], len(raw)))
@@ -700,15 +707,20 @@ def canonical(row: dict, where: str) -> dict:
                 row["prompt"] = value[:-1]
             row["completion" if field == "messages" else field] = value[-1]["content"]
     if "prompt" not in row and isinstance(row.get("chosen"), str) and "\n\nAssistant:" in row["chosen"]:
-        for field in ("rejected", "chosen"):
+        for field in [f for f in ("rejected", "chosen") if isinstance(row.get(f), str)]:
             head, _, row[field] = row[field].rpartition("\n\nAssistant:")
             row["prompt"] = head + "\n\nAssistant:"
     if "instruction" in row and "completions" in row:
         row["prompt"] = row["instruction"]
+        scored = [(c, c.get("fine-grained_score")) for c in row["completions"]]
         row["responses"] = [
-            {"text": c["response"], "score": c.get("fine-grained_score") or c["overall_score"], "policy": c["model"]}
-            for c in row["completions"]
+            {"text": c.get("response"), "score": c.get("overall_score") if s is None else s, "policy": c.get("model")}
+            for c, s in scored
         ]
+    if "completion" not in row and "chosen" in row:
+        row["completion"] = row["chosen"]  # what SFT on preferences or grades imitates: the better response
+    elif "completion" not in row and isinstance(row.get("responses"), list) and row["responses"]:
+        row["completion"] = max(row["responses"], key=lambda r: r.get("score") or -math.inf).get("text")
     return row
 
 
@@ -734,7 +746,7 @@ def encode(tokenizer, row: dict, field: str | None, where: str, args):
              "raise it, shorten the prompt, or leave such rows out with --drop_long_prompts")  # fmt: skip
     if field is None:
         return ids, []
-    text = row.get("chosen") if field == "completion" and field not in row else row.get(field)
+    text = row.get(field)
     if not isinstance(text, str):
         stop(f"{where}: field {field} is missing or not text")
     response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -787,9 +799,9 @@ def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
 
 # Copied from sft.PLAIN_TEMPLATE
 PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}\n"
+    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant:{{ m.content }}{{ eos_token }}\n"
     "{% else %}{{ m.role | capitalize }}: {{ m.content }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
 
@@ -1240,6 +1252,12 @@ def collate_values(rows: list[list[tuple[list[int], list[int]]]], pad_token_id: 
     return ValueBatch(input_ids, torch.where(mask, start + offset, 0), mask)
 
 
+# Copied from gvm.head_name
+def head_name(model) -> str:
+    """What the architecture calls its linear head: `score` (Llama, Mistral, Qwen) or `classifier` (GPT-NeoX, GPT-2)."""
+    return "score" if hasattr(model, "score") else "classifier"
+
+
 # Copied from gvm.ValueModel
 class ValueModel(torch.nn.Module):
     """A token-classification model that returns values at the asked positions only: (R, T+1) fp32, 0 where masked."""
@@ -1253,7 +1271,7 @@ class ValueModel(torch.nn.Module):
         backbone = getattr(model, model.base_model_prefix)
         hidden = backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.position.flatten())
-        return model.score(hidden).float().view(batch.position.shape) * batch.mask
+        return getattr(model, head_name(model))(hidden).float().view(batch.position.shape) * batch.mask
 
 
 if __name__ == "__main__":

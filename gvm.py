@@ -13,7 +13,7 @@ token y_t, after the action; one more is read at the last prompt token, V(s_1).
 training rows (mean and std go into the saved config); of a preference pair the chosen response scores +1, the rejected -1.
 
 A training sequence is a conversation of tau_pairs + 1 answers by one policy, and the loss is taken at every answer, the
-earlier ones being tau of the later: each token is used, and the model learns every length of tau from none upwards.
+earlier ones being tau of the later: each token shown is used, and the model learns every length of tau from none upwards.
 
 The authors' released code feeds question and answer only (no tau) and reads V(s_t), not Q.
 
@@ -57,13 +57,15 @@ class Args:
     data: str = "toy"
     """graded rows `prompt, responses: [{text, score, policy}]` or pairs `prompt, chosen, rejected`; several, comma-separated"""
     split: str = "train"
-    """the part of the data to read: `train`, `train[30%:80%]`, `train[2000:4000]`"""
+    """the part of the data to read: `train`, `train[30%:80%]` (of a fixed shuffle), `train[2000:4000]`"""
     output_dir: str = "runs/gvm"
     """the run's folder: args.json, metrics.jsonl, checkpoints/, final/"""
     seed: int = 0
     """seed of the new head, data order and dropout"""
-    epochs: int = 3
+    epochs: int = 2
     """passes over the data"""
+    alone_epochs: int = 1
+    """the first of these epochs show answers one by one, without tau: cheaper, and what tau tells is learned on top"""
     steps: int = 0
     """stop after this many optimizer steps; 0 means all epochs"""
     learning_rate: float = 1e-3
@@ -93,7 +95,7 @@ class Args:
     discount: float = 1.0
     """the MDP's discount factor per token (the paper's gamma)"""
     value_norm: Literal["none", "batch"] = "none"
-    """`batch` applies eq. 2 to the predictions inside the loss (paper); it measured worse, see README"""
+    """`batch` applies eq. 2 to the Q inside the loss (paper), not to V(s_1): for --advantage q only; measured worse"""
     eval_share: float = 0.05
     """share of the prompts held out for the closing report (Table 4 of the paper)"""
     lora_r: int = 0
@@ -121,7 +123,7 @@ class Args:
 _paper = Args(
     data="openbmb/UltraFeedback", split="train[30%:80%]", learning_rate=2e-6, batch_size=32, micro_batch_size=1,
     max_prompt_tokens=512, max_response_tokens=512, drop_long_prompts=True, tau_pairs=1, tau_tokens=512, lora_r=8,
-    gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=500,
+    alone_epochs=0, gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=500,
 )  # fmt: skip
 PRESETS: dict[str, Args] = {
     "llama3.2-3b": dataclasses.replace(_paper),
@@ -232,6 +234,10 @@ def conversations(answers: list[Answer], size: int, seed: int, epoch: int) -> li
     return groups
 
 
+def group_size(epoch: int, args) -> int:
+    return 1 if epoch < args.alone_epochs else args.tau_pairs + 1
+
+
 def choose_tau(pool: list[Answer], answer: Answer, pairs: int, rng: random.Random) -> list[Answer]:
     """`pairs` answers of the pool on prompts other than the answer's own and than each other's."""
     tau, keys = [], {answer.key}
@@ -319,6 +325,11 @@ def collate_values(rows: list[list[tuple[list[int], list[int]]]], pad_token_id: 
     return ValueBatch(input_ids, torch.where(mask, start + offset, 0), mask)
 
 
+def head_name(model) -> str:
+    """What the architecture calls its linear head: `score` (Llama, Mistral, Qwen) or `classifier` (GPT-NeoX, GPT-2)."""
+    return "score" if hasattr(model, "score") else "classifier"
+
+
 class ValueModel(torch.nn.Module):
     """A token-classification model that returns values at the asked positions only: (R, T+1) fp32, 0 where masked."""
 
@@ -331,7 +342,7 @@ class ValueModel(torch.nn.Module):
         backbone = getattr(model, model.base_model_prefix)
         hidden = backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.position.flatten())
-        return model.score(hidden).float().view(batch.position.shape) * batch.mask
+        return getattr(model, head_name(model))(hidden).float().view(batch.position.shape) * batch.mask
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -401,14 +412,14 @@ def train(args: Args) -> Path:
     model.config.reward_mean, model.config.reward_std = mean, std
     model.config.tau_pairs, model.config.tau_tokens = args.tau_pairs, args.tau_tokens
     if args.lora_r:
-        model = add_lora(model, args, head="score")
+        model = add_lora(model, args, head=head_name(model))
     value_model = ValueModel(model).to(device)
 
     plan = []  # (epoch, first conversation) of each step
     for epoch in range(args.steps or args.epochs):
         if not args.steps or len(plan) < args.steps:
-            size = len(conversations(training, args.tau_pairs + 1, args.seed, epoch))
-            plan += [(epoch, at) for at in range(0, size, args.batch_size)]
+            count = len(conversations(training, group_size(epoch, args), args.seed, epoch))
+            plan += [(epoch, at) for at in range(0, count, args.batch_size)]
     plan = plan[: args.steps or None]
     engine = Engine(value_model, args, world)
     run = Run(args, engine, rank, len(plan), started)
@@ -419,7 +430,7 @@ def train(args: Args) -> Path:
     for step in range(run.step, len(plan)):
         epoch, at = plan[step]
         if epoch != current:
-            current, order = epoch, conversations(training, args.tau_pairs + 1, args.seed, epoch)
+            current, order = epoch, conversations(training, group_size(epoch, args), args.seed, epoch)
         groups = order[at : at + args.batch_size]
         rows = [
             ([t for turn_ in turns[:-1] for part in turn_ for t in part] + turns[-1][0], turns[-1][1], turns, group)
@@ -540,7 +551,7 @@ def all_sum(x):
 
 
 # Copied from sft.shuffled
-def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
     random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -578,6 +589,8 @@ def load_rows(name: str, split: str, kind: str, seed: int = 0):
         except Exception as error:  # the hub's many ways to fail: not found, gated, no network, no such split
             stop(f"cannot load {name!r} (split {part[1]}): {str(error).splitlines()[0]} "
                  "Give a local .json/.jsonl(.gz)/.parquet file, a dataset on the hub that you can reach, or `toy`")  # fmt: skip
+    if part[3] or part[5]:  # shares of data that may be sorted by source: the same shuffle in every script
+        raw = [raw[i] for i in shuffled(len(raw), 0, "split")]
     start, end = (
         int(len(raw) * int(value) / 100) if percent else int(value) if value else default
         for value, percent, default in ((part[2], part[3], 0), (part[4], part[5], len(raw)))
@@ -629,15 +642,20 @@ def canonical(row: dict, where: str) -> dict:
                 row["prompt"] = value[:-1]
             row["completion" if field == "messages" else field] = value[-1]["content"]
     if "prompt" not in row and isinstance(row.get("chosen"), str) and "\n\nAssistant:" in row["chosen"]:
-        for field in ("rejected", "chosen"):
+        for field in [f for f in ("rejected", "chosen") if isinstance(row.get(f), str)]:
             head, _, row[field] = row[field].rpartition("\n\nAssistant:")
             row["prompt"] = head + "\n\nAssistant:"
     if "instruction" in row and "completions" in row:
         row["prompt"] = row["instruction"]
+        scored = [(c, c.get("fine-grained_score")) for c in row["completions"]]
         row["responses"] = [
-            {"text": c["response"], "score": c.get("fine-grained_score") or c["overall_score"], "policy": c["model"]}
-            for c in row["completions"]
+            {"text": c.get("response"), "score": c.get("overall_score") if s is None else s, "policy": c.get("model")}
+            for c, s in scored
         ]
+    if "completion" not in row and "chosen" in row:
+        row["completion"] = row["chosen"]  # what SFT on preferences or grades imitates: the better response
+    elif "completion" not in row and isinstance(row.get("responses"), list) and row["responses"]:
+        row["completion"] = max(row["responses"], key=lambda r: r.get("score") or -math.inf).get("text")
     return row
 
 
@@ -663,7 +681,7 @@ def encode(tokenizer, row: dict, field: str | None, where: str, args):
              "raise it, shorten the prompt, or leave such rows out with --drop_long_prompts")  # fmt: skip
     if field is None:
         return ids, []
-    text = row.get("chosen") if field == "completion" and field not in row else row.get(field)
+    text = row.get(field)
     if not isinstance(text, str):
         stop(f"{where}: field {field} is missing or not text")
     response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -684,9 +702,9 @@ def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
 
 # Copied from sft.PLAIN_TEMPLATE
 PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}\n"
+    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant:{{ m.content }}{{ eos_token }}\n"
     "{% else %}{{ m.role | capitalize }}: {{ m.content }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
 

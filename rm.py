@@ -5,7 +5,7 @@
 Pairs are given as `chosen, rejected`, or made from graded rows: every two responses of a prompt with different scores; each
 response is scored once. Stock `AutoModelForSequenceClassification(num_labels=1)`: a decoder (Llama, Mistral, Pythia), which
 reads its own chat template and is scored at its last token *by length*, or an encoder (DeBERTa-v3, the VCB paper's),
-which reads prompt and response as a text pair. Mean and standard deviation of the rewards on the training rows go into
+which reads prompt and response as a text pair. Mean and standard deviation of the rewards on (the first 1,000) training rows go into
 the saved config (`reward_mean`, `reward_std`), so that users of the model can standardise. Nearest sibling: gvm.py, which
 learns a value for every token from the same rows.
 
@@ -45,7 +45,7 @@ class Args:
     data: str = "toy"
     """pairs `prompt, chosen, rejected` or graded rows `prompt, responses: [{text, score}]`; several, comma-separated"""
     split: str = "train"
-    """the part of the data to read: `train`, `train[30%:80%]`, `train[2000:4000]`"""
+    """the part of the data to read: `train`, `train[30%:80%]` (of a fixed shuffle), `train[2000:4000]`"""
     output_dir: str = "runs/rm"
     """the run's folder: args.json, metrics.jsonl, checkpoints/, final/"""
     seed: int = 0
@@ -63,7 +63,7 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient clipping by global norm; 0 turns it off"""
     batch_size: int = 8
-    """rows (a pair, or all responses of a graded row) per optimizer step, over all ranks (paper: 4)"""
+    """rows (a pair, or all responses of a graded row) per optimizer step, over all ranks (paper: 4; 8 for its 8 GPUs)"""
     micro_batch_size: int = 8
     """rows per forward pass on one rank"""
     max_prompt_tokens: int = 64
@@ -152,7 +152,7 @@ class RewardModel(torch.nn.Module):
         model = plain(self.model)
         hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
         last = torch.arange(len(lengths), device=lengths.device) * input_ids.shape[1] + lengths - 1
-        return model.score(hidden.flatten(0, 1).index_select(0, last)).float().squeeze(-1)
+        return getattr(model, head_name(model))(hidden.flatten(0, 1).index_select(0, last)).float().squeeze(-1)
 
 
 def is_decoder(name: str, args) -> bool:
@@ -251,7 +251,7 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed)
     model = load_model("reward", args.model, tokenizer, args)
     if args.lora_r:
-        model = add_lora(model, args, head="score" if decoder else "classifier")
+        model = add_lora(model, args, head=head_name(model))
     reward_model = RewardModel(model, decoder).to(device)
 
     per_epoch = math.ceil(len(training) / args.batch_size)
@@ -312,6 +312,12 @@ def main(argv=None):
 # ====================================================================================================================
 
 
+# Copied from gvm.head_name
+def head_name(model) -> str:
+    """What the architecture calls its linear head: `score` (Llama, Mistral, Qwen) or `classifier` (GPT-NeoX, GPT-2)."""
+    return "score" if hasattr(model, "score") else "classifier"
+
+
 # Copied from sft.stop
 def stop(message: str):
     """A user's mistake: one line that says what to do, exit code 2."""
@@ -369,7 +375,7 @@ def all_sum(x):
 
 
 # Copied from sft.shuffled
-def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
     random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -407,6 +413,8 @@ def load_rows(name: str, split: str, kind: str, seed: int = 0):
         except Exception as error:  # the hub's many ways to fail: not found, gated, no network, no such split
             stop(f"cannot load {name!r} (split {part[1]}): {str(error).splitlines()[0]} "
                  "Give a local .json/.jsonl(.gz)/.parquet file, a dataset on the hub that you can reach, or `toy`")  # fmt: skip
+    if part[3] or part[5]:  # shares of data that may be sorted by source: the same shuffle in every script
+        raw = [raw[i] for i in shuffled(len(raw), 0, "split")]
     start, end = (
         int(len(raw) * int(value) / 100) if percent else int(value) if value else default
         for value, percent, default in ((part[2], part[3], 0), (part[4], part[5], len(raw)))
@@ -458,15 +466,20 @@ def canonical(row: dict, where: str) -> dict:
                 row["prompt"] = value[:-1]
             row["completion" if field == "messages" else field] = value[-1]["content"]
     if "prompt" not in row and isinstance(row.get("chosen"), str) and "\n\nAssistant:" in row["chosen"]:
-        for field in ("rejected", "chosen"):
+        for field in [f for f in ("rejected", "chosen") if isinstance(row.get(f), str)]:
             head, _, row[field] = row[field].rpartition("\n\nAssistant:")
             row["prompt"] = head + "\n\nAssistant:"
     if "instruction" in row and "completions" in row:
         row["prompt"] = row["instruction"]
+        scored = [(c, c.get("fine-grained_score")) for c in row["completions"]]
         row["responses"] = [
-            {"text": c["response"], "score": c.get("fine-grained_score") or c["overall_score"], "policy": c["model"]}
-            for c in row["completions"]
+            {"text": c.get("response"), "score": c.get("overall_score") if s is None else s, "policy": c.get("model")}
+            for c, s in scored
         ]
+    if "completion" not in row and "chosen" in row:
+        row["completion"] = row["chosen"]  # what SFT on preferences or grades imitates: the better response
+    elif "completion" not in row and isinstance(row.get("responses"), list) and row["responses"]:
+        row["completion"] = max(row["responses"], key=lambda r: r.get("score") or -math.inf).get("text")
     return row
 
 
@@ -492,7 +505,7 @@ def encode(tokenizer, row: dict, field: str | None, where: str, args):
              "raise it, shorten the prompt, or leave such rows out with --drop_long_prompts")  # fmt: skip
     if field is None:
         return ids, []
-    text = row.get("chosen") if field == "completion" and field not in row else row.get(field)
+    text = row.get(field)
     if not isinstance(text, str):
         stop(f"{where}: field {field} is missing or not text")
     response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -513,9 +526,9 @@ def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
 
 # Copied from sft.PLAIN_TEMPLATE
 PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}\n"
+    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant:{{ m.content }}{{ eos_token }}\n"
     "{% else %}{{ m.role | capitalize }}: {{ m.content }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
 

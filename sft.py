@@ -46,7 +46,7 @@ class Args:
     data: str = "toy"
     """`toy`, a hub name, or a .json/.jsonl(.gz)/.parquet file with `prompt, completion`, `messages`, or `prompt, chosen`"""
     split: str = "train"
-    """the part of the data to read: `train`, `train[:30%]`, `train[2000:4000]`"""
+    """the part of the data to read: `train`, `train[:30%]` (of a fixed shuffle), `train[2000:4000]` (as it stands)"""
     output_dir: str = "runs/sft"
     """the run's folder: args.json, metrics.jsonl, checkpoints/, final/"""
     seed: int = 0
@@ -98,7 +98,7 @@ class Args:
 
 
 _paper = Args(
-    data="HuggingFaceH4/ultrafeedback_binarized", split="train_prefs[:30%]", learning_rate=2e-5, warmup_steps=2,
+    data="openbmb/UltraFeedback", split="train[:30%]", learning_rate=2e-5, warmup_steps=2,
     batch_size=16, micro_batch_size=2, max_prompt_tokens=1024, max_response_tokens=1024, drop_long_prompts=True,
     chat_template="plain", gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=500,
 )  # fmt: skip
@@ -224,7 +224,7 @@ def all_sum(x):
     return x
 
 
-def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
     random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -263,6 +263,8 @@ def load_rows(name: str, split: str, kind: str, seed: int = 0):
         except Exception as error:  # the hub's many ways to fail: not found, gated, no network, no such split
             stop(f"cannot load {name!r} (split {part[1]}): {str(error).splitlines()[0]} "
                  "Give a local .json/.jsonl(.gz)/.parquet file, a dataset on the hub that you can reach, or `toy`")  # fmt: skip
+    if part[3] or part[5]:  # shares of data that may be sorted by source: the same shuffle in every script
+        raw = [raw[i] for i in shuffled(len(raw), 0, "split")]
     start, end = (
         int(len(raw) * int(value) / 100) if percent else int(value) if value else default
         for value, percent, default in ((part[2], part[3], 0), (part[4], part[5], len(raw)))
@@ -312,15 +314,20 @@ def canonical(row: dict, where: str) -> dict:
                 row["prompt"] = value[:-1]
             row["completion" if field == "messages" else field] = value[-1]["content"]
     if "prompt" not in row and isinstance(row.get("chosen"), str) and "\n\nAssistant:" in row["chosen"]:
-        for field in ("rejected", "chosen"):
+        for field in [f for f in ("rejected", "chosen") if isinstance(row.get(f), str)]:
             head, _, row[field] = row[field].rpartition("\n\nAssistant:")
             row["prompt"] = head + "\n\nAssistant:"
     if "instruction" in row and "completions" in row:
         row["prompt"] = row["instruction"]
+        scored = [(c, c.get("fine-grained_score")) for c in row["completions"]]
         row["responses"] = [
-            {"text": c["response"], "score": c.get("fine-grained_score") or c["overall_score"], "policy": c["model"]}
-            for c in row["completions"]
+            {"text": c.get("response"), "score": c.get("overall_score") if s is None else s, "policy": c.get("model")}
+            for c, s in scored
         ]
+    if "completion" not in row and "chosen" in row:
+        row["completion"] = row["chosen"]  # what SFT on preferences or grades imitates: the better response
+    elif "completion" not in row and isinstance(row.get("responses"), list) and row["responses"]:
+        row["completion"] = max(row["responses"], key=lambda r: r.get("score") or -math.inf).get("text")
     return row
 
 
@@ -345,7 +352,7 @@ def encode(tokenizer, row: dict, field: str | None, where: str, args):
              "raise it, shorten the prompt, or leave such rows out with --drop_long_prompts")  # fmt: skip
     if field is None:
         return ids, []
-    text = row.get("chosen") if field == "completion" and field not in row else row.get(field)
+    text = row.get(field)
     if not isinstance(text, str):
         stop(f"{where}: field {field} is missing or not text")
     response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -397,9 +404,9 @@ def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
 
 
 PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}\n"
+    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant:{{ m.content }}{{ eos_token }}\n"
     "{% else %}{{ m.role | capitalize }}: {{ m.content }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
 

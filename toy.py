@@ -1,6 +1,6 @@
 """A small language world whose true reward and true values are known exactly: the default of every script.
 
-A prompt asks for an opinion of one thing, at a wanted number K of clauses ("how is the soup ? in detail"); a response
+A prompt asks for an opinion of one thing, of which WANTED = 3 clauses are wanted ("how is the soup ? please"); a response
 is `[opener ,] clause (connective clause)* .` and EOS, a clause `the NOUN | it`, verb, `[not] [very]`, adjective. The
 gold reward adds one term a clause (`gold`), so that the world is a Markov chain over a small automaton with additive
 rewards, and the value of any prefix under any persona follows from two backward recursions, without sampling:
@@ -16,7 +16,7 @@ that are not grammatical where they stand, so each token plays one role and the 
 That gives `bayes_values`: the best that a value model which sees trajectories of the policy could possibly predict.
 
 What makes it a test for values: "not" flips a clause that is not said yet; "it" carries an off-topic noun into later
-clauses; a short answer to a long question leaves the rest unsaid; who writes (irony, rambling, typos) decides what will follow.
+clauses; a short answer leaves the rest unsaid; who writes (irony, rambling, typos) decides what will follow.
 Policies in the data carry opaque ids (`POLICY_IDS`), which are metadata only. Importing needs python and numpy; only
 `tokenizer` and `config` need transformers. `python toy.py` prints the cast.
 """
@@ -61,10 +61,11 @@ TEMPLATES = (
     "do you like the {} ?",
     "i want to know about the {} .",
 )
-SUFFIXES = {1: "briefly", 2: "", 3: "in detail", 4: "with everything you know"}  # wanted clauses K -> how it is asked
+SUFFIXES = ("", "please", "in your own words", "if you know it")
 NOUNS = THINGS + DISTRACTIONS
 VALENCE = {word: valence for valence, words in ADJECTIVES.items() for word in words}
 
+WANTED = 3  # clauses
 MAX_CLAUSES = 6
 # [opener ,] + six clauses of six words + five connectives + "." + EOS = 45, and three more for typos
 MAX_RESPONSE_TOKENS = 2 + 6 * MAX_CLAUSES + (MAX_CLAUSES - 1) + 2 + 3
@@ -74,11 +75,11 @@ STUTTER = 0.75  # share of typos that repeat the word before; the others are any
 SCORE_NOISE = 0.25  # standard deviation of a human grade around the gold reward
 PREFERENCE_TEMPERATURE = 0.3  # Bradley-Terry: P(a over b) = sigmoid((gold_a - gold_b) / temperature)
 
-_TASKS = {  # prompt -> (thing, K)
-    f"{template.format(thing)} {suffix}".strip(): (thing, k)
+_TASKS = {  # prompt -> thing
+    f"{template.format(thing)} {suffix}".strip(): thing
     for thing in THINGS
     for template in TEMPLATES
-    for k, suffix in SUFFIXES.items()
+    for suffix in SUFFIXES
 }
 _RESPONSE_WORDS = ("the", "it", "not", "very", ",", ".", *NOUNS, *VALENCE, *VERBS, *OPENERS, *CONNECTIVES)
 WORDS = tuple(dict.fromkeys(_RESPONSE_WORDS + tuple(word for prompt in _TASKS for word in prompt.split())))
@@ -115,36 +116,34 @@ class Persona:
     openers: tuple
     verbs: tuple
     connectives: tuple
-    heed: float  # 1: writes the K clauses asked for; 0: writes `own` clauses whatever is asked
-    own: float  # clauses
-    sharp: float = 5.0  # how strictly that number is kept
+    clauses: float  # that it aims at
+    sharp: float = 3.0  # how strictly it keeps to that
     typo: float = 0.003  # at each token, of a word that does not fit there; at least 0.002: no text is impossible
 
-    def p_stop(self, c, k):
-        """Of "." after clause number c (1-based), when k were asked for: a sigmoid in c around the aim."""
+    def p_stop(self, c):
+        """Of "." after clause number c (1-based): a sigmoid in c around the aim."""
         if c >= MAX_CLAUSES:
             return 1.0
-        aim = self.heed * k + (1 - self.heed) * self.own
-        return 0.01 + 0.98 / (1 + math.exp(-self.sharp * (c + 0.5 - aim)))
+        return 0.01 + 0.98 / (1 + math.exp(-self.sharp * (c + 0.5 - self.clauses)))
 
 
 # fmt: off
 PERSONAS = {
     # ordinary                taste style  not  very drift   it  opener openers         verbs            connectives
-    "enthusiast":    Persona(  1.1,  0.6, .03, .45, .03, .50,  .60, (1, 1, 6, 1, 1), (6, 1, 2, 1, 1), (6, 1, 1, 3, 1), 1.0, 0),
-    "ironist":       Persona( -1.2,  0.3, .90, .15, .04, .40,  .50, (3, 1, 1, 1, 5), (4, 3, 1, 2, 1), (2, 4, 2, 1, 3), 0.9, 2),
-    "backhander":    Persona(  1.1,  0.2, .88, .15, .04, .45,  .50, (5, 2, 1, 1, 3), (4, 2, 2, 1, 1), (2, 5, 1, 1, 3), 0.9, 2),
-    "grouch":        Persona( -0.9, -0.4, .05, .35, .05, .35,  .25, (1, 3, 1, 6, 1), (6, 1, 1, 2, 2), (5, 1, 1, 4, 1), 0.9, 3),
-    "wanderer":      Persona(  0.5,  0.0, .10, .20, .50, .55,  .35, (2, 1, 4, 1, 3), (2, 1, 4, 2, 3), (2, 1, 6, 1, 1), 0.7, 4),
-    "telegraphist":  Persona(  0.9, -0.7, .05, .05, .02, .15,  .03, (1, 1, 1, 1, 1), (8, 1, 1, 1, 1), (5, 2, 1, 1, 1), 0.0, 1),
-    "chatterer":     Persona(  0.3,  0.5, .12, .35, .15, .65,  .85, (3, 2, 3, 1, 5), (2, 2, 4, 1, 3), (4, 1, 3, 4, 1), 0.0, 5, 2.0),
-    "clerk":         Persona(  0.0, -0.2, .25, .08, .03, .25,  .05, (1, 2, 1, 3, 1), (2, 6, 1, 4, 1), (2, 2, 4, 1, 4), 1.0, 0),
+    "enthusiast":    Persona(  1.1,  0.6, .03, .45, .03, .50,  .60, (1, 1, 6, 1, 1), (6, 1, 2, 1, 1), (6, 1, 1, 3, 1), 3),
+    "ironist":       Persona( -1.2,  0.3, .90, .15, .04, .40,  .50, (3, 1, 1, 1, 5), (4, 3, 1, 2, 1), (2, 4, 2, 1, 3), 3),
+    "backhander":    Persona(  1.1,  0.2, .88, .15, .04, .45,  .50, (5, 2, 1, 1, 3), (4, 2, 2, 1, 1), (2, 5, 1, 1, 3), 3),
+    "grouch":        Persona( -0.9, -0.4, .05, .35, .05, .35,  .25, (1, 3, 1, 6, 1), (6, 1, 1, 2, 2), (5, 1, 1, 4, 1), 2),
+    "wanderer":      Persona(  0.5,  0.0, .10, .20, .50, .55,  .35, (2, 1, 4, 1, 3), (2, 1, 4, 2, 3), (2, 1, 6, 1, 1), 4),
+    "telegraphist":  Persona(  0.9, -0.7, .05, .05, .02, .15,  .03, (1, 1, 1, 1, 1), (8, 1, 1, 1, 1), (5, 2, 1, 1, 1), 1),
+    "chatterer":     Persona(  0.3,  0.5, .12, .35, .15, .65,  .85, (3, 2, 3, 1, 5), (2, 2, 4, 1, 3), (4, 1, 3, 4, 1), 5, 2.0),
+    "clerk":         Persona(  0.0, -0.2, .25, .08, .03, .25,  .05, (1, 2, 1, 3, 1), (2, 6, 1, 4, 1), (2, 2, 4, 1, 4), 3),
     # an ordinary writer at a bad keyboard: most of its texts are malformed
-    "garbler":       Persona(  0.4,  0.1, .10, .20, .08, .35,  .30, (2, 1, 2, 1, 2), (4, 2, 2, 2, 2), (4, 2, 2, 2, 1), 0.8, 2, 5.0, .08),
+    "garbler":       Persona(  0.4,  0.1, .10, .20, .08, .35,  .30, (2, 1, 2, 1, 2), (4, 2, 2, 2, 2), (4, 2, 2, 2, 1), 2, 3.0, .08),
     # held out: other combinations of the same habits
-    "gusher":        Persona(  0.8,  0.4, .05, .70, .12, .60,  .75, (1, 2, 5, 1, 2), (3, 1, 5, 1, 1), (4, 1, 1, 5, 1), 0.4, 5),
-    "curmudgeon":    Persona( -0.6, -0.6, .20, .20, .10, .20,  .30, (2, 2, 1, 5, 1), (5, 3, 1, 1, 1), (2, 5, 1, 1, 2), 0.3, 1),
-    "understater":   Persona( -0.8,  0.5, .65, .40, .25, .40,  .15, (4, 1, 1, 1, 2), (2, 5, 2, 2, 1), (2, 3, 3, 1, 3), 0.9, 3),
+    "gusher":        Persona(  0.8,  0.4, .05, .70, .12, .60,  .75, (1, 2, 5, 1, 2), (3, 1, 5, 1, 1), (4, 1, 1, 5, 1), 4),
+    "curmudgeon":    Persona( -0.6, -0.6, .20, .20, .10, .20,  .30, (2, 2, 1, 5, 1), (5, 3, 1, 1, 1), (2, 5, 1, 1, 2), 1),
+    "understater":   Persona( -0.8,  0.5, .65, .40, .25, .40,  .15, (4, 1, 1, 1, 2), (2, 5, 2, 2, 1), (2, 3, 3, 1, 3), 2),
 }
 # fmt: on
 ORDINARY = tuple(PERSONAS)[:8]
@@ -191,20 +190,20 @@ def _step(state, word, thing):
     return None
 
 
-def _gain(state, word, k):
+def _gain(state, word):
     """The reward that a grammatical word earns: an adjective completes a clause, "." leaves the rest unsaid."""
     c, slot, off, neg, very = state
     if slot == "end" and word == ".":
-        return UNSAID * max(0, k - c) / k
+        return UNSAID * max(0, WANTED - c) / WANTED
     if slot != "adjective" or word not in VALENCE:
         return 0.0
-    if c >= k:
+    if c >= WANTED:
         return RAMBLING
     scale = {(0, 0): 1.0, (0, 1): 1.5, (1, 0): -1.0, (1, 1): -0.5}[neg, very]
-    return (OFF_TOPIC if off else scale * VALENCE[word] / 2) / k
+    return (OFF_TOPIC if off else scale * VALENCE[word] / 2) / WANTED
 
 
-def _choices(persona, state, k, thing):
+def _choices(persona, state, thing):
     """{word: probability} over the grammatical words of a state, given that no typo happens; sums to 1."""
     c, slot, _, neg, very = state
 
@@ -228,7 +227,7 @@ def _choices(persona, state, k, thing):
         modifiers = {word: p for word, p in (("not", p_not), ("very", p_very)) if p}
         return modifiers | spread(1 - p_not - p_very, VALENCE, tilt)
     if slot == "end":
-        stop = persona.p_stop(c, k)
+        stop = persona.p_stop(c)
         return {".": stop} | (spread(1 - stop, CONNECTIVES, persona.connectives) if c < MAX_CLAUSES else {})
     return {",": 1.0} if slot == "comma" else {EOS: 1.0}
 
@@ -237,7 +236,7 @@ def _choices(persona, state, k, thing):
 # another thing is the same world with the two words swapped (`_trace`, `write`).
 @lru_cache
 def _automaton():
-    """-> states (S), next state (S, W + 1) with -1 where ungrammatical, gain (4, S, W + 1), and both as plain lists.
+    """-> states (S), next state (S, W + 1) with -1 where ungrammatical, gain (S, W + 1), and both as plain lists.
 
     W counts the outcomes. The lists are for loops over tokens, where indexing one number of an array is slow.
     """
@@ -247,34 +246,33 @@ def _automaton():
         states += [s for s in dict.fromkeys(after) if s is not None and s not in states]
     index = {state: i for i, state in enumerate(states)}
     following = np.full((len(states), _OTHER + 1), -1)
-    gain = np.zeros((len(SUFFIXES), len(states), _OTHER + 1))
+    gain = np.zeros((len(states), _OTHER + 1))
     for i, state in enumerate(states):
         for j, word in enumerate(_OUTCOMES):
             if (after := _step(state, word, THINGS[0])) is not None:
                 following[i, j] = index[after]
-                gain[:, i, j] = [_gain(state, word, k) for k in SUFFIXES]
+                gain[i, j] = _gain(state, word)
     return states, following, gain, (following.tolist(), gain.tolist())
 
 
 @lru_cache
 def _tables(name):
-    """One persona's log p (4, S, W + 1), A (4, S), B (4, S), and p as cumulative rows, for K = 1..4."""
+    """One persona's log p (S, W + 1), A (S,), B (S,), and p as cumulative rows."""
     persona = PERSONAS[name]
     states, following, gain, _ = _automaton()
-    p = np.zeros((len(SUFFIXES), len(states), _OTHER + 1))
+    p = np.zeros((len(states), _OTHER + 1))
     for i, state in enumerate(states):
-        for k in SUFFIXES:
-            if state[1] != "final":
-                words = _choices(persona, state, k, THINGS[0])
-                # a token from outside the language, which no persona says, counts as if it were one typo more
-                p[k - 1, i] = persona.typo / (len(_OUTCOMES) - len(words))
-                p[k - 1, i, [_ID[word] for word in words]] = [(1 - persona.typo) * q for q in words.values()]
+        if state[1] != "final":
+            words = _choices(persona, state, THINGS[0])
+            # a token from outside the language, which no persona says, counts as if it were one typo more
+            p[i] = persona.typo / (len(_OUTCOMES) - len(words))
+            p[i, [_ID[word] for word in words]] = [(1 - persona.typo) * q for q in words.values()]
     valid = np.where(following >= 0, p, 0.0)  # a typo ends in MALFORMED, whatever follows
     final = np.array([state[1] == "final" for state in states], dtype=float)
-    whole, future = np.tile(final, (len(SUFFIXES), 1)), np.zeros((len(SUFFIXES), len(states)))
+    whole, future = final.copy(), np.zeros(len(states))
     for _ in range(MAX_RESPONSE_TOKENS):  # no grammatical path is longer, so that many sweeps are exact
-        future = (valid * (future[:, following] + gain * whole[:, following])).sum(-1)
-        whole = (valid * whole[:, following]).sum(-1) + final
+        future = (valid * (future[following] + gain * whole[following])).sum(-1)
+        whole = (valid * whole[following]).sum(-1) + final
     cumulative = p[..., :_OTHER].cumsum(-1).tolist()
     with np.errstate(divide="ignore"):
         return np.log(p), whole, future, cumulative
@@ -288,10 +286,10 @@ def _task(prompt):
 
 
 def _trace(prompt, words):
-    """Walk the automaton. -> k, ids (n,), states (n + 1,), banked reward (n + 1,), well-formed so far (n + 1,)."""
-    thing, k = _task(prompt)
+    """Walk the automaton. -> ids (n,), states (n + 1,), banked reward (n + 1,), well-formed so far (n + 1,)."""
+    thing = _task(prompt)
     following, gain = _automaton()[3]
-    gain, swap = gain[k - 1], {thing: THINGS[0], THINGS[0]: thing}
+    swap = {thing: THINGS[0], THINGS[0]: thing}
     state, total, good, ended = 0, 0.0, True, False
     ids, states, banked, fine = [], [0], [0.0], [True]
     for word in words:
@@ -305,32 +303,32 @@ def _trace(prompt, words):
             state = following[state][i]
         ended = word == EOS
         ids.append(i), states.append(state), banked.append(total), fine.append(good)
-    return k, np.array(ids, dtype=int), np.array(states), np.array(banked), np.array(fine)
+    return np.array(ids, dtype=int), np.array(states), np.array(banked), np.array(fine)
 
 
 # ---------------------------------------------------------------- reward, writing
 def gold(prompt, text):
     """The true reward of a response, exact and not clipped; `text` is without EOS, as a decoder gives it back.
 
-    MALFORMED, or the sum over clauses i = 0, 1, ... of u_i / K for i < K and of RAMBLING for i >= K, with
+    MALFORMED, or the sum over clauses i = 0, 1, ... of u_i / WANTED for i < WANTED and of RAMBLING for the others, with
     u = scale * valence / 2, scale 1 (plain), 1.5 (very), -1 (not), -0.5 (not very); u = OFF_TOPIC where the subject is,
-    and u = UNSAID for each of the K clauses that is missing: a question answered in part is an answer off the point.
+    and u = UNSAID for each wanted clause that is missing: a question answered in part is an answer off the point.
     """
-    _, _, _, banked, fine = _trace(prompt, text.split() + [EOS])
+    _, _, banked, fine = _trace(prompt, text.split() + [EOS])
     return float(banked[-1]) if fine[-1] else MALFORMED
 
 
 def parse(prompt, text):
     """-> (malformed, complete clauses)."""
-    _, _, states, _, fine = _trace(prompt, text.split() + [EOS])
+    _, states, _, fine = _trace(prompt, text.split() + [EOS])
     return not fine[-1], _automaton()[0][states[-1]][0]
 
 
 def write(policy, prompt, rng):
     """One response, without EOS. The cap on length only ever cuts a text that typos have spoilt already."""
     name = rng.choice(ORDINARY) if policy == "crowd" else policy
-    thing, k = _task(prompt)
-    cumulative, following = _tables(name)[3][k - 1], _automaton()[3][0]
+    thing = _task(prompt)
+    cumulative, following = _tables(name)[3], _automaton()[3][0]
     swap = {thing: THINGS[0], THINGS[0]: thing}
     words, state, last = [], 0, None
     while len(words) < MAX_RESPONSE_TOKENS - 1:
@@ -379,8 +377,8 @@ def _view(policies, prompt, words):
         value = np.vstack([value, (weight * value[:n]).sum(0)])
         rows = [singles.index(name) if name != "crowd" else -1 for name in policies]
         return lik[rows], value[rows]
-    k, ids, states, banked, fine = _trace(prompt, words)
-    logp, whole, future = (table[:, k - 1] for table in _stacked(policies))
+    ids, states, banked, fine = _trace(prompt, words)
+    logp, whole, future = _stacked(policies)
     lik = np.zeros((len(policies), len(words) + 1))
     lik[:, 1:] = (logp[:, states[:-1], ids] + _stutter(ids, states[:-1])).cumsum(1)
     whole = whole[:, states]

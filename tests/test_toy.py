@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy
 
-SOUP = {k: f"how is the soup ? {suffix}".strip() for k, suffix in toy.SUFFIXES.items()}
+SOUP = "how is the soup ? please"
 EVERYBODY = toy.TRAIN_POLICIES + toy.HELD_OUT_POLICIES
 OUTCOMES = toy.WORDS + (toy.EOS,)
 
@@ -38,29 +38,30 @@ def prefixes(policies, n, seed=0):
 
 # ---------------------------------------------------------------- reward
 @pytest.mark.parametrize(
-    ("k", "text", "reward"),
+    ("text", "reward"),  # three clauses are wanted, each worth a third
     [
-        (1, "it is good .", 0.5),  # 1/2
-        (1, "it is great .", 1.0),  # 2/2
-        (1, "it is not bad .", 0.5),  # -1 * -1/2
-        (1, "it is very terrible .", -1.5),  # 1.5 * -2/2: as bad as malformed, but not malformed
-        (1, "it is not very great .", -0.5),  # -0.5 * 2/2
-        (1, "it is very typical .", 0.0),  # 1.5 * 0/2
-        (2, "the soup is good and it is great .", 0.75),  # (1/2 + 2/2) / 2
-        (2, "the soup is great .", 0.25),  # (2/2 - 0.5) / 2: the second clause is not there
-        (2, "the bus is great and it is great .", -0.5),  # both off topic, "it" is the bus
-        (2, "the bus is great and the soup is great .", 0.25),  # (-0.5 + 1) / 2
-        (3, "it is good and the bus is good yet it is awful .", -1 / 6),  # (0.5 - 0.5 - 0.5) / 3, whatever is said
-        (1, "the bread is awful .", -0.5),  # something that others ask about is off topic too
-        (1, "it is great and it is great but the bus is awful .", 0.4),  # 1 - 0.3 - 0.3
-        (4, "oh , it is very superb .", 0.0),  # (1.5 - 3 * 0.5) / 4
-        (4, "so , it is very great and it is very great and it is very great and it is very great .", 1.5),  # 4 * 1.5/4
-        (2, "it is good" + " and it is good" * 5 + " .", -0.7),  # (0.5 + 0.5) / 2 - 4 * 0.3
+        ("it is good and it is great and it is bad .", 1 / 3),  # (1/2 + 2/2 - 1/2) / 3
+        ("it is good .", -1 / 6),  # (1/2 - 2 * 0.5) / 3: two clauses are not there
+        ("it is not bad and it is good .", 1 / 6),  # (-1 * -1/2 + 1/2 - 0.5) / 3
+        ("it is very great .", 1 / 6),  # (1.5 * 2/2 - 2 * 0.5) / 3
+        ("it is not very great and it is typical and it is very typical .", -1 / 6),  # (-0.5 + 0 + 0) / 3
+        ("the soup is great and it is great and it is great .", 1.0),
+        ("the bus is great and it is great and it is great .", -0.5),  # all off topic: "it" is the bus
+        ("the bus is great and the soup is great and it is great .", 0.5),  # (-0.5 + 1 + 1) / 3
+        ("it is good and the bus is good yet it is awful .", -1 / 6),  # (0.5 - 0.5 - 0.5) / 3, whatever is said
+        ("the bread is awful .", -0.5),  # off topic too, though others ask about it: 3 * -0.5 / 3
+        ("it is great and it is great and it is great and it is great but the bus is awful .", 0.4),  # 1 - 2 * 0.3
+        ("so , it is very great and it is very great and it is very great .", 1.5),  # 3 * 1.5 / 3
+        (
+            "it is very awful and it is very awful and it is very awful .",
+            -1.5,
+        ),  # as bad as malformed, but not malformed
+        ("it is good" + " and it is good" * 5 + " .", -0.4),  # 3 * 0.5 / 3 - 3 * 0.3
     ],
 )
-def test_gold_by_hand(k, text, reward):
-    assert toy.gold(SOUP[k], text) == pytest.approx(reward, abs=1e-12)
-    assert toy.parse(SOUP[k], text) == (False, text.count(" and ") + text.count(" yet ") + text.count(" but ") + 1)
+def test_gold_by_hand(text, reward):
+    assert toy.gold(SOUP, text) == pytest.approx(reward, abs=1e-12)
+    assert toy.parse(SOUP, text) == (False, text.count(" and ") + text.count(" yet ") + text.count(" but ") + 1)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +90,10 @@ def test_gold_by_hand(k, text, reward):
 def test_malformed(text, clauses):
     if clauses is None:
         with pytest.raises(ValueError, match="go on after <eos>"):
-            toy.gold(SOUP[1], text)
+            toy.gold(SOUP, text)
         return
-    assert toy.gold(SOUP[1], text) == -1.5
-    assert toy.parse(SOUP[1], text) == (True, clauses)
+    assert toy.gold(SOUP, text) == -1.5
+    assert toy.parse(SOUP, text) == (True, clauses)
 
 
 def test_unknown_prompt_is_named():
@@ -127,7 +128,7 @@ def test_bayes_values_are_a_martingale_of_the_posterior_mixture():
 
     rng = random.Random(2)
     for policy, prompt, prefix in prefixes(toy.TRAIN_POLICIES, 1, seed=2):
-        for tau in ((), ((SOUP[3], toy.write(policy, SOUP[3], rng)),)):
+        for tau in ((), ((SOUP, toy.write(policy, SOUP, rng)),)):
             before = evidence(prompt, prefix, tau)
             p = [math.exp(evidence(prompt, prefix + [word], tau) - before) for word in OUTCOMES]
             q = [toy.bayes_values(prompt, prefix + [word], tau)[-1] for word in OUTCOMES]
@@ -145,12 +146,12 @@ def test_the_last_value_is_the_reward():
 
 
 def test_values_of_malformed_and_foreign_words():
-    values = toy.exact_values("clerk", SOUP[1], ["it", "is", "<user>", "good", ".", "<pad>", toy.EOS])
+    values = toy.exact_values("clerk", SOUP, ["it", "is", "<user>", "good", ".", "<pad>", toy.EOS])
     assert values[2] > -1.5 and (values[3:] == -1.5).all()
-    assert np.isfinite(toy.log_likelihood("crowd", SOUP[1], ["<user>", "zebra", toy.EOS])).all()
-    assert toy.exact_values("clerk", SOUP[1], []).shape == (1,)
+    assert np.isfinite(toy.log_likelihood("crowd", SOUP, ["<user>", "zebra", toy.EOS])).all()
+    assert toy.exact_values("clerk", SOUP, []).shape == (1,)
     # a consequence in the future: the bus is held against a later "it", most of all by who says "it" most
-    drop = {p: np.diff(toy.exact_values(p, SOUP[4], ["the", "bus"]))[-1] for p in ("enthusiast", "telegraphist")}
+    drop = {p: np.diff(toy.exact_values(p, SOUP, ["the", "bus"]))[-1] for p in ("enthusiast", "telegraphist")}
     assert drop["enthusiast"] < drop["telegraphist"] < 0
 
 
@@ -160,17 +161,17 @@ def test_values_agree_with_sampling(policy):
     rng, n = random.Random(3), 6000
     golds, counts = {}, Counter()
     for _ in range(n):
-        words = toy.write(policy, SOUP[3], rng).split() + [toy.EOS]
-        reward = toy.gold(SOUP[3], " ".join(words[:-1]))
+        words = toy.write(policy, SOUP, rng).split() + [toy.EOS]
+        reward = toy.gold(SOUP, " ".join(words[:-1]))
         for t in range(5):
             golds.setdefault(tuple(words[:t]), []).append(reward)
             counts[tuple(words[:t])] += 1
     common = [prefix for prefix, count in counts.most_common(12)]
     assert () in common and len(common) == 12
     for prefix in common:
-        reward, p = np.array(golds[prefix]), math.exp(toy.log_likelihood(policy, SOUP[3], list(prefix))[-1])
+        reward, p = np.array(golds[prefix]), math.exp(toy.log_likelihood(policy, SOUP, list(prefix))[-1])
         assert len(reward) / n == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n) + 1e-12)
-        value = toy.exact_values(policy, SOUP[3], list(prefix))[-1]
+        value = toy.exact_values(policy, SOUP, list(prefix))[-1]
         assert reward.mean() == pytest.approx(value, abs=4 * reward.std() / math.sqrt(len(reward)))
 
 
@@ -213,9 +214,9 @@ def test_the_cast_differs():
         sample = texts((policy,), "reward", 200, seed=6)
         means[policy] = np.mean([toy.gold(prompt, " ".join(words[:-1])) for _, prompt, words in sample])
     assert min(means.values()) < -0.5 and max(means.values()) > 0.5
-    assert abs(np.mean(list(means.values()))) < 0.15
+    assert abs(np.mean(list(means.values()))) < 0.25
     assert means["ironist"] > 0.25 and means["backhander"] < -0.35  # the first calls things awful, the second great
-    assert all(0.002 <= persona.typo for persona in toy.PERSONAS.values())
+    assert all(persona.typo >= 0.002 for persona in toy.PERSONAS.values())
 
 
 # ---------------------------------------------------------------- data
@@ -289,10 +290,10 @@ def test_tokenizer(tmp_path):
 def test_chat_template():
     pytest.importorskip("transformers")
     tok = toy.tokenizer()
-    ask, answer = {"role": "user", "content": SOUP[2]}, {"role": "assistant", "content": "it is good ."}
+    ask, answer = {"role": "user", "content": SOUP}, {"role": "assistant", "content": "it is good ."}
     assert (
         tok.apply_chat_template([ask, answer], tokenize=False)
-        == "<user> how is the soup ? <assistant> it is good .<eos>"
+        == "<user> how is the soup ? please <assistant> it is good .<eos>"
     )
     start = tok.apply_chat_template([ask], tokenize=False, add_generation_prompt=True)
     assert start == "<user> how is the soup ? <assistant>"
