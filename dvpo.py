@@ -32,6 +32,7 @@ import dataclasses
 import datetime
 import gzip
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -70,7 +71,7 @@ class Args:
     """the run's folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/, final/"""
     seed: int = 0
     """seed of sampling, prompt order and minibatches"""
-    steps: int = 60
+    steps: int = 80
     """rollouts; each is followed by ppo_epochs passes over it"""
     learning_rate: float = 3e-4
     """learning rate of AdamW, constant after warm-up (paper: 2e-6)"""
@@ -90,8 +91,8 @@ class Args:
     """passes over each rollout (paper: 4)"""
     clip: float = 0.2
     """PPO's clipping parameter eps of eq. 3"""
-    advantage: Literal["q", "q_minus_v", "gae"] = "q"
-    """q: the normalised value itself (paper); q_minus_v: its increment; gae: lambda-sum of increments"""
+    advantage: Literal["q", "q_minus_v", "gae"] = "gae"
+    """q: the normalised value itself (paper); q_minus_v: its increment; gae: lambda-sum of increments (measured best)"""
     discount: float = 1.0
     """the MDP's discount factor per token; the one that the GVM was trained with"""
     lam: float = 0.95
@@ -124,12 +125,12 @@ class Args:
     """LoRA's dropout; it would make the ratio differ from 1 before the first update, so none"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
-    zero_stage: int = 0
-    """DeepSpeed ZeRO stage, 0-3; one process with stage 0 needs no DeepSpeed"""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage; one process with stage 0 needs no DeepSpeed"""
     bf16: bool = False
     """bfloat16 matrix products (GPU)"""
-    attention: str = "sdpa"
-    """`sdpa`, `flash_attention_2` (with flash-attn installed) or `eager`"""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """PyTorch's own, flash-attn (to be installed), or the plain product"""
     save_every: int = 0
     """steps between checkpoints to resume from; 0 writes none"""
     resume: bool = False
@@ -390,12 +391,14 @@ def load_shared(args, tokenizer):
     weights = load_file(folder / "adapter_model.safetensors")
     head = {name.rpartition(".")[2]: weights.pop(name) for name in list(weights) if "lora_" not in name}
     config.modules_to_save, config.inference_mode = None, True
+    config.lora_dropout = 0.0  # the GVM is frozen, but the module that it stands in is trained
     shared = get_peft_model(model, config, adapter_name="gvm")
     set_peft_model_state_dict(shared, weights, adapter_name="gvm")
     plain(shared).score = torch.nn.Linear(head["weight"].shape[1], 1, bias="bias" in head)
     plain(shared).score.load_state_dict(head)
     shared.requires_grad_(False)
     if policy_config:
+        torch.manual_seed(args.seed)  # it begins as it does without sharing
         shared.add_adapter("default", policy_config)
         shared.set_adapter("default")
         if args.gradient_checkpointing:
@@ -417,6 +420,10 @@ def train(args: Args) -> Path:
     tokenizer = load_tokenizer(args.policy, args)
     if load_tokenizer(args.gvm, args).get_vocab() != tokenizer.get_vocab():
         stop(f"{args.gvm} and {args.policy} have different tokenizers: train the GVM from the policy's SFT model")
+    gvm_config = AutoConfig.from_pretrained(args.gvm, trust_remote_code=args.trust_remote_code)
+    kinds = gvm_config.architectures or ()
+    if gvm_config.num_labels != 1 or not any(kind.endswith("ForTokenClassification") for kind in kinds):
+        stop(f"--gvm {args.gvm} is not a value model: train one with `python gvm.py`, or name another")
     questions = []
     for row, where in load_rows(args.data, args.split, "prompts", args.seed):
         ids, _ = encode(tokenizer, row, None, where, args)
@@ -439,7 +446,6 @@ def train(args: Args) -> Path:
         model = add_lora(model, args) if args.lora_r else model
     policy = Policy(model).to(device)
     frozen = Frozen(policy, shared, tokenizer, args, device)
-    gvm_config = AutoConfig.from_pretrained(args.gvm, trust_remote_code=args.trust_remote_code)
     tau_pairs = args.tau_pairs if args.tau_pairs >= 0 else getattr(gvm_config, "tau_pairs", 0)
     tau_tokens = getattr(gvm_config, "tau_tokens", 0)
     if tau_pairs and not tau_tokens:
@@ -539,11 +545,11 @@ def train(args: Args) -> Path:
             metrics["gold"] = sum(
                 toy.gold(a.prompt[-1]["content"], t) for a, t in zip(answers, texts, strict=True)
             ) / len(texts)
-        run.log(metrics)
-        if rank == 0 and run.step % 10 == 1:
+        if rank == 0 and step % 10 == 0:
             with open(run.folder / "samples.jsonl", "a") as file:
                 for answer, text in list(zip(answers, texts, strict=True))[:4]:
-                    file.write(json.dumps({"step": run.step, "prompt": answer.prompt, "response": text}) + "\n")
+                    file.write(json.dumps({"step": step + 1, "prompt": answer.prompt, "response": text}) + "\n")
+        run.log(metrics)
     if model is shared:  # leave the GVM's parts out of the saved policy
         shared.delete_adapter("gvm")
         del plain(shared).score
@@ -580,7 +586,19 @@ def parse_args(args_class, presets, argv=None, doc=""):
             stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
         default = presets[name]
     description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
-    return tyro.cli(args_class, args=argv, default=default, description=description, use_underscores=True)
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            args = tyro.cli(args_class, args=argv, default=default, description=description, use_underscores=True)
+    except SystemExit as ended:
+        if not ended.code:  # --help
+            raise
+        wrong = re.split("─{3,}", shown.getvalue())[1]  # of a box with a title, what is wrong, and advice
+        stop(" ".join(re.sub("[╮╰│]", " ", wrong).split()) + " See --help")
+    for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
+        if getattr(args, name, 1) < 1:
+            stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
+    return args
 
 
 # Copied from sft.init_distributed
@@ -592,6 +610,7 @@ def init_distributed(args):
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else DeepSpeed warns that it had to look
     if (world > 1 or args.zero_stage) and not dist.is_initialized():
         import deepspeed
 
@@ -667,11 +686,16 @@ def load_rows(name: str, split: str, kind: str, seed: int = 0):
 def read_file(path: Path):
     if not path.is_file():
         stop(f"{path} does not exist: --data takes a .json/.jsonl(.gz)/.parquet file, a hub name, or `toy`")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
 
-        return [(row, f"{path} row {i + 1}") for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
-    text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
+            return [(row, f"{path} row {i + 1}") for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
+        text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
+    except (OSError, ValueError, EOFError) as error:
+        stop(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): give a whole file, its format as its name says, text in UTF-8"
+        )
     whole = text.lstrip().startswith("[")
     rows = []
     try:
@@ -697,7 +721,7 @@ def canonical(row: dict, where: str) -> dict:
 
     Maps UltraFeedback (binarized: chosen/rejected message lists; original: instruction, completions), HH (transcripts
     without prompt) and TL;DR (prompt, completion)."""
-    row = dict(row)
+    row = {field: value for field, value in row.items() if value is not None}  # tables fill with nulls
     for field in ("completion", "chosen", "rejected", "messages"):
         value = row.get(field)
         if isinstance(value, list):
@@ -710,6 +734,10 @@ def canonical(row: dict, where: str) -> dict:
         for field in [f for f in ("rejected", "chosen") if isinstance(row.get(f), str)]:
             head, _, row[field] = row[field].rpartition("\n\nAssistant:")
             row["prompt"] = head + "\n\nAssistant:"
+    for field in ("completions", "responses"):
+        value = row.get(field, [])
+        if not isinstance(value, list) or not all(isinstance(r, dict) for r in value):
+            stop(f"{where}: field {field} is not a list of {{text, score, policy}}")
     if "instruction" in row and "completions" in row:
         row["prompt"] = row["instruction"]
         scored = [(c, c.get("fine-grained_score")) for c in row["completions"]]
@@ -717,10 +745,15 @@ def canonical(row: dict, where: str) -> dict:
             {"text": c.get("response"), "score": c.get("overall_score") if s is None else s, "policy": c.get("model")}
             for c, s in scored
         ]
+    for response in row.get("responses", []):
+        score = response.get("score")
+        if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
+            stop(f"{where}: field score is {score!r}, not a finite number")
     if "completion" not in row and "chosen" in row:
         row["completion"] = row["chosen"]  # what SFT on preferences or grades imitates: the better response
-    elif "completion" not in row and isinstance(row.get("responses"), list) and row["responses"]:
-        row["completion"] = max(row["responses"], key=lambda r: r.get("score") or -math.inf).get("text")
+    elif "completion" not in row and row.get("responses"):
+        score = lambda r: -math.inf if r.get("score") is None else r["score"]
+        row["completion"] = max(row["responses"], key=score).get("text")
     return row
 
 
@@ -809,7 +842,8 @@ PLAIN_TEMPLATE = (
 def missing(name: str, command: str = ""):
     """Stop if `name` reads as a local folder that is not there."""
     if name.startswith(("runs/", "./", "../", "/")) and not Path(name, "config.json").is_file():
-        stop(f"{name} is not a model folder" + (f": run `{command}` first, or name another" if command else ""))
+        first = f"run `{command}` first, or " if command else ""
+        stop(f"{name} is not a model folder: {first}name another, or a model on the hub")
 
 
 # Copied from sft.load_tokenizer
@@ -858,12 +892,12 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
     auto = getattr(transformers, auto[kind])
     extra = {} if kind == "causal" else {"num_labels": 1}
     dtype = torch.bfloat16 if args.bf16 and (frozen or args.lora_r) else torch.float32
-    if name == "toy":
-        import toy
+    try:
+        if name == "toy":
+            import toy
 
-        model = auto.from_config(toy.config(**extra), attn_implementation=args.attention, dtype=dtype)
-    else:
-        try:
+            model = auto.from_config(toy.config(**extra), attn_implementation=args.attention, dtype=dtype)
+        else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **extra)
             if kind == "value":
                 config.classifier_dropout = 0.0
@@ -874,8 +908,8 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
                 attn_implementation=args.attention,
                 trust_remote_code=args.trust_remote_code,
             )
-        except (OSError, ValueError, ImportError) as error:
-            stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    except (OSError, ValueError, ImportError) as error:
+        stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
     model.config.pad_token_id = tokenizer.pad_token_id
     if kind == "causal":  # a hub model's sampling defaults (top-k, penalties, ...) would bias rollouts
         ends = model.generation_config.eos_token_id
@@ -1056,12 +1090,13 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(self.folder)
-        self.bar = tqdm(total=total, desc=Path(sys.argv[0]).stem, disable=rank > 0, dynamic_ncols=True)
+        pause = 0.2 if sys.stderr.isatty() else 30  # seconds between drawings: a log file wants few
+        name = Path(sys.argv[0]).stem
+        self.bar = tqdm(total=total, desc=name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
         """With --resume: weights, optimizer, generators and loop state of the last whole checkpoint."""
         found = sorted(self.folder.glob("checkpoints/step_*[0-9]")) if self.args.resume else []
-        kept = []
         if found:
             self.engine.load(found[-1])
             saved = torch.load(found[-1] / f"rank_{self.rank}.pt", weights_only=True)
@@ -1070,10 +1105,10 @@ class Run:
                 torch.cuda.set_rng_state(saved["cuda"])
             self.step, self.state = saved["step"], saved["state"]
             self.bar.update(self.step)
-        metrics = self.folder / "metrics.jsonl"
-        if self.rank == 0 and metrics.exists():  # steps after the checkpoint will be taken again
-            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            metrics.write_text("".join(line + "\n" for line in kept))
+        for path in self.folder.glob("*.jsonl") if self.rank == 0 else ():  # later steps will be taken again
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
+            kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+            path.write_text("".join(line + "\n" for line in kept))
 
     def log(self, metrics: dict):
         """End of a step. Tensors are read back every tenth step only, so that the device is not waited for."""
@@ -1097,7 +1132,7 @@ class Run:
             for key, value in row.items():
                 if value is not None:  # DeepSpeed without ZeRO tells no gradient norm
                     self.board.add_scalar(key, value, row["step"])
-        self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys})
+        self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys}, refresh=False)
 
     def checkpoint(self):
         """Written under a temporary name and renamed when whole; the one before is then removed."""

@@ -29,6 +29,7 @@ import dataclasses
 import datetime
 import gzip
 import importlib.util
+import io
 import json
 import math
 import os
@@ -64,8 +65,6 @@ class Args:
     """seed of the new head, data order and dropout"""
     epochs: int = 2
     """passes over the data"""
-    alone_epochs: int = 1
-    """the first of these epochs show answers one by one, without tau: cheaper, and what tau tells is learned on top"""
     steps: int = 0
     """stop after this many optimizer steps; 0 means all epochs"""
     learning_rate: float = 1e-3
@@ -106,12 +105,12 @@ class Args:
     """LoRA's dropout"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
-    zero_stage: int = 0
-    """DeepSpeed ZeRO stage, 0-3; one process with stage 0 needs no DeepSpeed"""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage; one process with stage 0 needs no DeepSpeed"""
     bf16: bool = False
     """bfloat16 matrix products (GPU)"""
-    attention: str = "sdpa"
-    """`sdpa`, `flash_attention_2` (with flash-attn installed) or `eager`"""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """PyTorch's own, flash-attn (to be installed), or the plain product"""
     save_every: int = 0
     """steps between checkpoints to resume from; 0 writes none"""
     resume: bool = False
@@ -123,7 +122,7 @@ class Args:
 _paper = Args(
     data="openbmb/UltraFeedback", split="train[30%:80%]", learning_rate=2e-6, batch_size=32, micro_batch_size=1,
     max_prompt_tokens=512, max_response_tokens=512, drop_long_prompts=True, tau_pairs=1, tau_tokens=512, lora_r=8,
-    alone_epochs=0, gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=500,
+    gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=500,
 )  # fmt: skip
 PRESETS: dict[str, Args] = {
     "llama3.2-3b": dataclasses.replace(_paper),
@@ -232,10 +231,6 @@ def conversations(answers: list[Answer], size: int, seed: int, epoch: int) -> li
             rest += later
     rng.shuffle(groups)
     return groups
-
-
-def group_size(epoch: int, args) -> int:
-    return 1 if epoch < args.alone_epochs else args.tau_pairs + 1
 
 
 def choose_tau(pool: list[Answer], answer: Answer, pairs: int, rng: random.Random) -> list[Answer]:
@@ -354,8 +349,6 @@ def load_answers(tokenizer, args) -> list[Answer]:
     for row, where in load_rows(args.data, args.split, "graded", args.seed):
         if "responses" in row:
             responses = row["responses"]
-            if not isinstance(responses, list) or not all(isinstance(r, dict) for r in responses):
-                stop(f"{where}: field responses is not a list of {{text, score, policy}}")
         elif "chosen" in row and "rejected" in row:
             responses = [
                 {"text": row[side], "score": score, "policy": row.get(f"{side}_policy")}
@@ -418,7 +411,7 @@ def train(args: Args) -> Path:
     plan = []  # (epoch, first conversation) of each step
     for epoch in range(args.steps or args.epochs):
         if not args.steps or len(plan) < args.steps:
-            count = len(conversations(training, group_size(epoch, args), args.seed, epoch))
+            count = len(conversations(training, args.tau_pairs + 1, args.seed, epoch))
             plan += [(epoch, at) for at in range(0, count, args.batch_size)]
     plan = plan[: args.steps or None]
     engine = Engine(value_model, args, world)
@@ -430,7 +423,7 @@ def train(args: Args) -> Path:
     for step in range(run.step, len(plan)):
         epoch, at = plan[step]
         if epoch != current:
-            current, order = epoch, conversations(training, group_size(epoch, args), args.seed, epoch)
+            current, order = epoch, conversations(training, args.tau_pairs + 1, args.seed, epoch)
         groups = order[at : at + args.batch_size]
         rows = [
             ([t for turn_ in turns[:-1] for part in turn_ for t in part] + turns[-1][0], turns[-1][1], turns, group)
@@ -515,7 +508,19 @@ def parse_args(args_class, presets, argv=None, doc=""):
             stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
         default = presets[name]
     description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
-    return tyro.cli(args_class, args=argv, default=default, description=description, use_underscores=True)
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            args = tyro.cli(args_class, args=argv, default=default, description=description, use_underscores=True)
+    except SystemExit as ended:
+        if not ended.code:  # --help
+            raise
+        wrong = re.split("─{3,}", shown.getvalue())[1]  # of a box with a title, what is wrong, and advice
+        stop(" ".join(re.sub("[╮╰│]", " ", wrong).split()) + " See --help")
+    for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
+        if getattr(args, name, 1) < 1:
+            stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
+    return args
 
 
 # Copied from sft.init_distributed
@@ -527,6 +532,7 @@ def init_distributed(args):
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else DeepSpeed warns that it had to look
     if (world > 1 or args.zero_stage) and not dist.is_initialized():
         import deepspeed
 
@@ -602,11 +608,16 @@ def load_rows(name: str, split: str, kind: str, seed: int = 0):
 def read_file(path: Path):
     if not path.is_file():
         stop(f"{path} does not exist: --data takes a .json/.jsonl(.gz)/.parquet file, a hub name, or `toy`")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
 
-        return [(row, f"{path} row {i + 1}") for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
-    text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
+            return [(row, f"{path} row {i + 1}") for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
+        text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
+    except (OSError, ValueError, EOFError) as error:
+        stop(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): give a whole file, its format as its name says, text in UTF-8"
+        )
     whole = text.lstrip().startswith("[")
     rows = []
     try:
@@ -632,7 +643,7 @@ def canonical(row: dict, where: str) -> dict:
 
     Maps UltraFeedback (binarized: chosen/rejected message lists; original: instruction, completions), HH (transcripts
     without prompt) and TL;DR (prompt, completion)."""
-    row = dict(row)
+    row = {field: value for field, value in row.items() if value is not None}  # tables fill with nulls
     for field in ("completion", "chosen", "rejected", "messages"):
         value = row.get(field)
         if isinstance(value, list):
@@ -645,6 +656,10 @@ def canonical(row: dict, where: str) -> dict:
         for field in [f for f in ("rejected", "chosen") if isinstance(row.get(f), str)]:
             head, _, row[field] = row[field].rpartition("\n\nAssistant:")
             row["prompt"] = head + "\n\nAssistant:"
+    for field in ("completions", "responses"):
+        value = row.get(field, [])
+        if not isinstance(value, list) or not all(isinstance(r, dict) for r in value):
+            stop(f"{where}: field {field} is not a list of {{text, score, policy}}")
     if "instruction" in row and "completions" in row:
         row["prompt"] = row["instruction"]
         scored = [(c, c.get("fine-grained_score")) for c in row["completions"]]
@@ -652,10 +667,15 @@ def canonical(row: dict, where: str) -> dict:
             {"text": c.get("response"), "score": c.get("overall_score") if s is None else s, "policy": c.get("model")}
             for c, s in scored
         ]
+    for response in row.get("responses", []):
+        score = response.get("score")
+        if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
+            stop(f"{where}: field score is {score!r}, not a finite number")
     if "completion" not in row and "chosen" in row:
         row["completion"] = row["chosen"]  # what SFT on preferences or grades imitates: the better response
-    elif "completion" not in row and isinstance(row.get("responses"), list) and row["responses"]:
-        row["completion"] = max(row["responses"], key=lambda r: r.get("score") or -math.inf).get("text")
+    elif "completion" not in row and row.get("responses"):
+        score = lambda r: -math.inf if r.get("score") is None else r["score"]
+        row["completion"] = max(row["responses"], key=score).get("text")
     return row
 
 
@@ -712,7 +732,8 @@ PLAIN_TEMPLATE = (
 def missing(name: str, command: str = ""):
     """Stop if `name` reads as a local folder that is not there."""
     if name.startswith(("runs/", "./", "../", "/")) and not Path(name, "config.json").is_file():
-        stop(f"{name} is not a model folder" + (f": run `{command}` first, or name another" if command else ""))
+        first = f"run `{command}` first, or " if command else ""
+        stop(f"{name} is not a model folder: {first}name another, or a model on the hub")
 
 
 # Copied from sft.load_tokenizer
@@ -761,12 +782,12 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
     auto = getattr(transformers, auto[kind])
     extra = {} if kind == "causal" else {"num_labels": 1}
     dtype = torch.bfloat16 if args.bf16 and (frozen or args.lora_r) else torch.float32
-    if name == "toy":
-        import toy
+    try:
+        if name == "toy":
+            import toy
 
-        model = auto.from_config(toy.config(**extra), attn_implementation=args.attention, dtype=dtype)
-    else:
-        try:
+            model = auto.from_config(toy.config(**extra), attn_implementation=args.attention, dtype=dtype)
+        else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **extra)
             if kind == "value":
                 config.classifier_dropout = 0.0
@@ -777,8 +798,8 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
                 attn_implementation=args.attention,
                 trust_remote_code=args.trust_remote_code,
             )
-        except (OSError, ValueError, ImportError) as error:
-            stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    except (OSError, ValueError, ImportError) as error:
+        stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
     model.config.pad_token_id = tokenizer.pad_token_id
     if kind == "causal":  # a hub model's sampling defaults (top-k, penalties, ...) would bias rollouts
         ends = model.generation_config.eos_token_id
@@ -929,12 +950,13 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(self.folder)
-        self.bar = tqdm(total=total, desc=Path(sys.argv[0]).stem, disable=rank > 0, dynamic_ncols=True)
+        pause = 0.2 if sys.stderr.isatty() else 30  # seconds between drawings: a log file wants few
+        name = Path(sys.argv[0]).stem
+        self.bar = tqdm(total=total, desc=name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
         """With --resume: weights, optimizer, generators and loop state of the last whole checkpoint."""
         found = sorted(self.folder.glob("checkpoints/step_*[0-9]")) if self.args.resume else []
-        kept = []
         if found:
             self.engine.load(found[-1])
             saved = torch.load(found[-1] / f"rank_{self.rank}.pt", weights_only=True)
@@ -943,10 +965,10 @@ class Run:
                 torch.cuda.set_rng_state(saved["cuda"])
             self.step, self.state = saved["step"], saved["state"]
             self.bar.update(self.step)
-        metrics = self.folder / "metrics.jsonl"
-        if self.rank == 0 and metrics.exists():  # steps after the checkpoint will be taken again
-            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            metrics.write_text("".join(line + "\n" for line in kept))
+        for path in self.folder.glob("*.jsonl") if self.rank == 0 else ():  # later steps will be taken again
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
+            kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+            path.write_text("".join(line + "\n" for line in kept))
 
     def log(self, metrics: dict):
         """End of a step. Tensors are read back every tenth step only, so that the device is not waited for."""
@@ -970,7 +992,7 @@ class Run:
             for key, value in row.items():
                 if value is not None:  # DeepSpeed without ZeRO tells no gradient norm
                     self.board.add_scalar(key, value, row["step"])
-        self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys})
+        self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys}, refresh=False)
 
     def checkpoint(self):
         """Written under a temporary name and renamed when whole; the one before is then removed."""

@@ -10,9 +10,9 @@ rewards, and the value of any prefix under any persona follows from two backward
     B(s) = E[reward still to come; it ends well-formed | s] = sum_w p(w|s) (B(s') + gain(s, w) A(s'))
     value(prefix) = A(s) * (reward banked so far) + B(s) + (1 - A(s)) * MALFORMED
 
-The reward is not clipped: a clipped sum would no longer be additive. Wrong words ("typos", mostly the last word once
-more) are drawn only from words
-that are not grammatical where they stand, so each token plays one role and the likelihood of any text is exact too.
+The reward is not clipped: a clipped sum would no longer be additive. Typos (misspelt words, words said again, any
+other) are drawn only from what is not grammatical where it stands, so each token plays one role and the likelihood of
+any text is exact too.
 That gives `bayes_values`: the best that a value model which sees trajectories of the policy could possibly predict.
 
 What makes it a test for values: "not" flips a clause that is not said yet; "it" carries an off-topic noun into later
@@ -41,27 +41,28 @@ THINGS = _tuple(
     "train bridge bike market garden school phone camera chair lamp tent hat"
 )
 DISTRACTIONS = _tuple("weather bus traffic news neighbour dog moon rent")  # never asked for
-ADJECTIVES = {  # valence -> its five words
-    -2: _tuple("terrible awful horrible dreadful rotten"),
-    -1: _tuple("bad poor dull weak shabby"),
-    0: _tuple("average ordinary usual typical normal"),
-    1: _tuple("good nice decent fine pleasant"),
-    2: _tuple("great superb wonderful brilliant excellent"),
+ADJECTIVES = {  # valence -> its three words
+    -2: _tuple("terrible awful rotten"),
+    -1: _tuple("bad poor dull"),
+    0: _tuple("average ordinary normal"),
+    1: _tuple("good nice fine"),
+    2: _tuple("great superb excellent"),
 }
 VERBS = _tuple("is seems feels looks sounds")
 OPENERS = _tuple("well honestly oh frankly so")
 CONNECTIVES = _tuple("and but while also yet")
+MISSPELT = _tuple("teh adn veyr nto loks graet taht fo")  # never grammatical: what a typo mostly looks like
 TEMPLATES = (
-    "what do you think of the {} ?",
-    "tell me about the {} .",
     "how is the {} ?",
-    "would you recommend the {} ?",
-    "give me your view of the {} .",
-    "describe the {} for me .",
+    "rate the {} .",
+    "describe the {} .",
+    "your view of the {} ?",
+    "tell me about the {} .",
     "do you like the {} ?",
-    "i want to know about the {} .",
+    "is the {} any good ?",
+    "would you recommend the {} ?",
 )
-SUFFIXES = ("", "please", "in your own words", "if you know it")
+SUFFIXES = ("", "please", "thanks", "i wonder")
 NOUNS = THINGS + DISTRACTIONS
 VALENCE = {word: valence for valence, words in ADJECTIVES.items() for word in words}
 
@@ -71,7 +72,7 @@ MAX_CLAUSES = 6
 MAX_RESPONSE_TOKENS = 2 + 6 * MAX_CLAUSES + (MAX_CLAUSES - 1) + 2 + 3
 MALFORMED, RAMBLING = -1.5, -0.3  # the whole response; a clause that nobody asked for
 OFF_TOPIC, UNSAID = -0.5, -0.5  # u of a wanted clause that is about something else; of one that is not there
-STUTTER = 0.75  # share of typos that repeat the word before; the others are any word that does not fit
+MISSPELLING, REPETITION = 0.5, 0.25  # shares of typos: misspelt, the last word or its like again; else any known word
 SCORE_NOISE = 0.25  # standard deviation of a human grade around the gold reward
 PREFERENCE_TEMPERATURE = 0.3  # Bradley-Terry: P(a over b) = sigmoid((gold_a - gold_b) / temperature)
 
@@ -81,7 +82,7 @@ _TASKS = {  # prompt -> thing
     for template in TEMPLATES
     for suffix in SUFFIXES
 }
-_RESPONSE_WORDS = ("the", "it", "not", "very", ",", ".", *NOUNS, *VALENCE, *VERBS, *OPENERS, *CONNECTIVES)
+_RESPONSE_WORDS = ("the", "it", "not", "very", ",", ".", *MISSPELT, *NOUNS, *VALENCE, *VERBS, *OPENERS, *CONNECTIVES)
 WORDS = tuple(dict.fromkeys(_RESPONSE_WORDS + tuple(word for prompt in _TASKS for word in prompt.split())))
 _OUTCOMES = WORDS + (EOS,)  # what a persona can say next, all with positive probability
 _ID = {word: i for i, word in enumerate(_OUTCOMES)}
@@ -107,7 +108,7 @@ class Persona:
     """How somebody writes. All p_* are probabilities; tuples are weights over the words in the order given above."""
 
     taste: float  # softmax tilt over the valences -2..2: above 0 likes things
-    style: float  # softmax tilt over the five words of a valence (the same for each): above 0 prefers the later ones
+    style: float  # softmax tilt over the three words of a valence (the same for each): above 0 prefers the later ones
     p_not: float
     p_very: float
     p_drift: float  # of a noun after "the" to be off topic: 3 of 4 a distraction, else another thing
@@ -264,8 +265,13 @@ def _tables(name):
     for i, state in enumerate(states):
         if state[1] != "final":
             words = _choices(persona, state, THINGS[0])
-            # a token from outside the language, which no persona says, counts as if it were one typo more
-            p[i] = persona.typo / (len(_OUTCOMES) - len(words))
+            # a token from outside the language, which no persona says, counts as if it were one more known word
+            known = len(_OUTCOMES) - len(MISSPELT) - len(words)
+            again = (following[:, :_OTHER] == i).any(0) & (following[i, :_OTHER] < 0)  # what leads to here
+            repetition = REPETITION if again.any() else 0.0
+            p[i] = persona.typo * (1 - MISSPELLING - repetition) / known
+            p[i, :_OTHER][again] += persona.typo * repetition / max(1, again.sum())
+            p[i, [_ID[word] for word in MISSPELT]] = persona.typo * MISSPELLING / len(MISSPELT)
             p[i, [_ID[word] for word in words]] = [(1 - persona.typo) * q for q in words.values()]
     valid = np.where(following >= 0, p, 0.0)  # a typo ends in MALFORMED, whatever follows
     final = np.array([state[1] == "final" for state in states], dtype=float)
@@ -330,15 +336,13 @@ def write(policy, prompt, rng):
     thing = _task(prompt)
     cumulative, following = _tables(name)[3], _automaton()[3][0]
     swap = {thing: THINGS[0], THINGS[0]: thing}
-    words, state, last = [], 0, None
+    words, state = [], 0
     while len(words) < MAX_RESPONSE_TOKENS - 1:
         i = min(bisect_right(cumulative[state], rng.random()), _OTHER - 1)  # rounding can leave the last sum below 1
-        if following[state][i] < 0 and last is not None and rng.random() < STUTTER:
-            i = last
         if _OUTCOMES[i] == EOS:
             break
         words.append(swap.get(_OUTCOMES[i], _OUTCOMES[i]))
-        state, last = state if following[state][i] < 0 else following[state][i], i
+        state = state if following[state][i] < 0 else following[state][i]
     return " ".join(words)
 
 
@@ -351,19 +355,6 @@ def _softmax(x):
 @lru_cache
 def _stacked(policies):
     return [np.stack(tables) for tables in zip(*(_tables(name)[:3] for name in policies))]
-
-
-def _stutter(ids, states):
-    """What is left out of a uniform choice of typos: log of how much likelier each one is (n,), the same for everybody.
-
-    A word is never grammatical right after itself, so a repeated word is always a typo."""
-    following = _automaton()[1]
-    wrong = (following[:, :_OTHER] < 0).sum(1)
-    factor = np.ones(len(ids))
-    for t in range(1, len(ids)):
-        if following[states[t], ids[t]] < 0 and ids[t - 1] != _OTHER:
-            factor[t] = 1 - STUTTER + (STUTTER * wrong[states[t]] if ids[t] == ids[t - 1] else 0)
-    return np.log(factor)
 
 
 def _view(policies, prompt, words):
@@ -380,7 +371,7 @@ def _view(policies, prompt, words):
     ids, states, banked, fine = _trace(prompt, words)
     logp, whole, future = _stacked(policies)
     lik = np.zeros((len(policies), len(words) + 1))
-    lik[:, 1:] = (logp[:, states[:-1], ids] + _stutter(ids, states[:-1])).cumsum(1)
+    lik[:, 1:] = logp[:, states[:-1], ids].cumsum(1)
     whole = whole[:, states]
     return lik, np.where(fine, whole * banked + future[:, states] + (1 - whole) * MALFORMED, MALFORMED)
 
@@ -414,8 +405,8 @@ def bayes_values(prompt, words, tau=()):
 def rows(kind, seed=0):
     """The data of a stage, as the scripts load it; `seed` draws other texts and noise, never other prompts or people.
 
-    "sft"          {prompt, completion, policy}: 192 prompts x 8 ordinary personas x 4, nothing garbled on purpose
-    "graded"       {prompt, responses: [{text, score, policy}]}: 320 prompts x 12 rows x one response by each of the 10
+    "sft"          {prompt, completion, policy}: 192 prompts x 8 ordinary personas x 6, malformed texts left out
+    "graded"       {prompt, responses: [{text, score, policy}]}: 320 prompts x 18 rows x one response by each of the 10
                    training policies; the score is a noisy grade, gold + N(0, SCORE_NOISE)
     "preferences"  {prompt, chosen, rejected, chosen_policy, rejected_policy}: the same texts in random pairs, the label
                    drawn from Bradley-Terry on gold; identical texts are left out
@@ -425,12 +416,13 @@ def rows(kind, seed=0):
     if kind in ("prompts", "heldout"):
         return [{"prompt": prompt} for prompt in prompts({"prompts": "rl"}.get(kind, kind))]
     if kind == "sft":
-        jobs = [(prompt, name) for prompt in prompts("sft") for name in ORDINARY for _ in range(4)]
+        jobs = [(prompt, name) for prompt in prompts("sft") for name in ORDINARY for _ in range(6)]
         rng.shuffle(jobs)
-        return [{"prompt": p, "completion": write(name, p, rng), "policy": POLICY_IDS[name]} for p, name in jobs]
+        texts = ((p, write(name, p, rng), name) for p, name in jobs)
+        return [{"prompt": p, "completion": t, "policy": POLICY_IDS[n]} for p, t, n in texts if not parse(p, t)[0]]
     if kind == "graded":
         out = []
-        for prompt in prompts("reward") * 12:
+        for prompt in prompts("reward") * 18:
             texts = [(name, write(name, prompt, rng)) for name in TRAIN_POLICIES]
             rng.shuffle(texts)
             graded = [(name, text, gold(prompt, text) + rng.gauss(0, SCORE_NOISE)) for name, text in texts]

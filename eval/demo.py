@@ -160,12 +160,15 @@ def main(argv=None):
     results = {"methods": {}}
     for run in sorted(folder.glob("*/final/config.json"), key=lambda p: p.stat().st_mtime):
         name, config = run.parent.parent.name, json.loads(run.read_text())
-        if config["architectures"] != ["LlamaForCausalLM"]:
+        if config["architectures"] != ["LlamaForCausalLM"] or "." in name:  # NAME.1 is an earlier run, moved aside
             continue
         row = grade_policy(run.parent, reference, tokenizer, args)
-        needed = {"sft": ["sft"]}.get(name, ["sft", "gvm", name])
-        row["seconds"] = round(sum(summary[stage]["seconds"] for stage in needed), 1)
-        row["peak_memory_mb"] = summary[name]["peak_memory_mb"]
+        settings = json.loads((run.parent.parent / "args.json").read_text())
+        teachers = [stage for stage, flag in (("gvm", "gvm"), ("rm", "reward_model")) if settings.get(flag)]
+        stages = dict.fromkeys(["sft", *teachers, name])  # a method's time includes training its teacher
+        row["seconds"] = round(sum(summary[stage]["seconds"] for stage in stages if stage in summary), 1)
+        row |= {"peak_memory_mb": summary.get(name, {}).get("peak_memory_mb"), "seed": settings["seed"]}
+        row |= {"steps": summary.get(name, {}).get("steps"), "advantage": settings.get("advantage")}
         results["methods"][name] = row
     results["seconds"] = {name: s["seconds"] for name, s in summary.items()}
     for name in ("gvm", "gvm_no_tau"):
@@ -175,13 +178,27 @@ def main(argv=None):
                 folder / name / "final", tokenizer, args, toy.HELD_OUT_POLICIES
             )
     if "gvm" in results:
+        # of policies outside its prior, "Bayes-optimal" is no bound: the held-out ones get the position yardstick only
+        results["gvm"]["held_out_policies"]["position"] = yardsticks(0, toy.HELD_OUT_POLICIES)["position"]
         pairs = json.loads((folder / "gvm" / "final" / "config.json").read_text())["tau_pairs"]
-        results["gvm"]["yardsticks"] = yardsticks(pairs)
+        results["gvm"]["yardsticks"] = marks = yardsticks(pairs)
+        for span in ("all", "first3"):
+            low, high = (marks[name][span]["correlation"] for name in ("position", "bayes_tau"))
+            share = (results["gvm"]["right_tau"][span]["correlation"] - low) / (high - low)
+            results["gvm"][f"share_of_bayes_{span}"] = share
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, row in results["methods"].items():
         low, high = row["gold"]["ci95"]
         print(f"{name:14} gold {row['gold']['mean']:6.3f} [{low:.3f}, {high:.3f}]  malformed {row['malformed']:.1%}  "
               f"KL {row['kl']:.2f}  tokens {row['length']:.1f}  {row['seconds']:.0f} s")  # fmt: skip
+    if "gvm" in results:
+        for name in ("right_tau", "other_tau", "no_tau"):
+            row = results["gvm"].get(name, {})
+            print(
+                f"gvm {name:10} "
+                + "  ".join(f"{span}: correlation {v['correlation']:.3f} mse {v['mse']:.4f}" for span, v in row.items())
+            )
+        print(f"gvm goes {results['gvm']['share_of_bayes_all']:.0%} of the way from position-only to Bayes-optimal")
     print(f"{folder / 'results.json'} written")
 
 

@@ -37,13 +37,13 @@ MARKERS = "os^DvPX"  # one more than colours, so that 42 runs differ
 POSITIVE, NEGATIVE = "#2f7fbf", "#d9822b"
 # orange - white - blue, its ends of like darkness: safe for colour-blind readers; every box has its number as well
 SCALE = LinearSegmentedColormap.from_list("value", ["#a34f00", "#eda557", "#f6f4ef", "#7db2dc", "#0b5394"])
-PAIRS = (  # title, K, who writes tau, better response, worse one, what to look for
-    ("Negation", 1, "enthusiast", "the {} is very good .", "the {} is not very good .",
+PAIRS = (  # title, who writes tau, better response, worse one, what to look for
+    ("Negation", "enthusiast", "the {} is very good .", "the {} is not very good .",
      "One word turns praise into blame before the adjective is said."),
-    ("Off topic", 2, "wanderer", "the {} is good and it is great .", "the weather is good and it is great .",
+    ("Off topic", "wanderer", "the {} is good and it is great .", "the weather is good and it is great .",
      "The praise is the same, but nobody asked about the weather; “it” carries the mistake on."),
-    ("A wanted clause left unsaid", 2, "enthusiast", "the {} is good and it is great .", "the {} is good .",
-     "Two clauses were wanted: the full stop, harmless elsewhere, gives one away."),
+    ("A wanted clause left unsaid", "enthusiast", "the {} is good and it is great .", "the {} is good .",
+     "Three clauses are wanted: the earlier the full stop, the more it gives away."),
 )  # fmt: skip
 
 
@@ -291,10 +291,9 @@ def token_pairs(folder: Path, tokenizer) -> list[dict]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         return gvm.Answer([{"role": "user", "content": prompt}], ids)
 
-    for title, wanted, policy, better, worse, hint in PAIRS:
-        prompt = next(x for x in toy.prompts("heldout") if toy._task(x)[1] == wanted)
-        thing = toy._task(prompt)[0]
-        others = [x for x in toy.prompts("heldout") if toy._task(x)[0] != thing]
+    for title, policy, better, worse, hint in PAIRS:
+        prompt, *others = toy.prompts("heldout")
+        thing = toy._task(prompt)
         tau = [(x, toy.write(policy, x, rng)) for x in rng.sample(others, getattr(config, "tau_pairs", 0))]
         texts = [better.format(thing), worse.format(thing)]
         groups = [[answer(*pair) for pair in tau] + [answer(prompt, text)] for text in texts]

@@ -233,6 +233,13 @@ def test_ultrafeedback_becomes_graded_responses_by_named_policies():
     ]
 
 
+def test_sft_on_graded_rows_takes_the_best_and_nulls_are_no_fields():
+    for scores in ((-1.0, 0.0), (-1, 0, None), (None, -5, -7)):
+        responses = [{"text": str(score), "score": score} for score in scores]
+        best = str(max(score for score in scores if score is not None))
+        assert sft.canonical({"prompt": "a", "responses": responses, "chosen": None}, "row 1")["completion"] == best
+
+
 def test_hh_transcripts_are_split_before_the_last_answer():
     head = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how is the soup?\n\nAssistant:"
     row = sft.canonical({"chosen": head + " It is good.\n\nReally.", "rejected": head + " No."}, "row 1")

@@ -44,7 +44,7 @@ def prefixes(policies, n, seed=0):
         ("it is good .", -1 / 6),  # (1/2 - 2 * 0.5) / 3: two clauses are not there
         ("it is not bad and it is good .", 1 / 6),  # (-1 * -1/2 + 1/2 - 0.5) / 3
         ("it is very great .", 1 / 6),  # (1.5 * 2/2 - 2 * 0.5) / 3
-        ("it is not very great and it is typical and it is very typical .", -1 / 6),  # (-0.5 + 0 + 0) / 3
+        ("it is not very great and it is normal and it is very normal .", -1 / 6),  # (-0.5 + 0 + 0) / 3
         ("the soup is great and it is great and it is great .", 1.0),
         ("the bus is great and it is great and it is great .", -0.5),  # all off topic: "it" is the bus
         ("the bus is great and the soup is great and it is great .", 0.5),  # (-0.5 + 1 + 1) / 3
@@ -52,10 +52,7 @@ def prefixes(policies, n, seed=0):
         ("the bread is awful .", -0.5),  # off topic too, though others ask about it: 3 * -0.5 / 3
         ("it is great and it is great and it is great and it is great but the bus is awful .", 0.4),  # 1 - 2 * 0.3
         ("so , it is very great and it is very great and it is very great .", 1.5),  # 3 * 1.5 / 3
-        (
-            "it is very awful and it is very awful and it is very awful .",
-            -1.5,
-        ),  # as bad as malformed, but not malformed
+        ("it is very awful and it is very awful and it is very awful .", -1.5),  # as bad as malformed
         ("it is good" + " and it is good" * 5 + " .", -0.4),  # 3 * 0.5 / 3 - 3 * 0.3
     ],
 )
@@ -214,8 +211,8 @@ def test_the_cast_differs():
         sample = texts((policy,), "reward", 200, seed=6)
         means[policy] = np.mean([toy.gold(prompt, " ".join(words[:-1])) for _, prompt, words in sample])
     assert min(means.values()) < -0.5 and max(means.values()) > 0.5
-    assert abs(np.mean(list(means.values()))) < 0.25
-    assert means["ironist"] > 0.25 and means["backhander"] < -0.35  # the first calls things awful, the second great
+    assert abs(np.mean(list(means.values()))) < 0.3
+    assert means["ironist"] > 0.15 and means["backhander"] < -0.35  # the first calls things awful, the second great
     assert all(persona.typo >= 0.002 for persona in toy.PERSONAS.values())
 
 
@@ -231,7 +228,7 @@ def test_splits_are_disjoint():
 
 def test_rows():
     graded = toy.rows("graded")
-    assert len(graded) == 3840 and {row["prompt"] for row in graded} == set(toy.prompts("reward"))
+    assert len(graded) == 5760 and {row["prompt"] for row in graded} == set(toy.prompts("reward"))
     ids = sorted(toy.POLICY_IDS.values())
     assert ids == [f"p{i}" for i in range(10)]
     assert all(sorted(r["policy"] for r in row["responses"]) == ids for row in graded)
@@ -240,7 +237,7 @@ def test_rows():
 
     written = {(row["prompt"], r["text"], r["policy"]) for row in graded for r in row["responses"]}
     pairs = toy.rows("preferences")
-    assert 18000 < len(pairs) <= 19200
+    assert 27000 < len(pairs) <= 28800
     for side in ("chosen", "rejected"):
         assert {(row["prompt"], row[side], row[side + "_policy"]) for row in pairs} <= written
     gaps = [toy.gold(row["prompt"], row["chosen"]) - toy.gold(row["prompt"], row["rejected"]) for row in pairs]
@@ -248,7 +245,8 @@ def test_rows():
     assert np.mean([gap > 0 for gap in small]) == pytest.approx(0.73, abs=0.04)
 
     sft = toy.rows("sft")
-    assert len(sft) == 6144 and {row["prompt"] for row in sft} == set(toy.prompts("sft"))
+    assert 8500 < len(sft) < 192 * 8 * 6 and {row["prompt"] for row in sft} == set(toy.prompts("sft"))
+    assert not any(toy.parse(row["prompt"], row["completion"])[0] for row in sft)
     assert {row["policy"] for row in sft} == {toy.POLICY_IDS[name] for name in toy.ORDINARY}
     assert [row["prompt"] for row in toy.rows("prompts")] == toy.prompts("rl")
     assert [row["prompt"] for row in toy.rows("heldout")] == toy.prompts("heldout")
@@ -263,9 +261,9 @@ def test_data_follow_the_seed():
 
 
 def test_names_are_not_in_the_language():
-    assert 105 <= len(toy.WORDS) + 5 <= 125
+    assert 95 <= len(toy.WORDS) + 5 <= 105
     assert not set(EVERYBODY) & set(toy.WORDS) and not set(toy.POLICY_IDS.values()) & set(toy.WORDS)
-    assert len(set(toy.WORDS)) == len(toy.WORDS) and len(toy.VALENCE) == 25
+    assert len(set(toy.WORDS)) == len(toy.WORDS) and len(toy.VALENCE) == 15
 
 
 # ---------------------------------------------------------------- a model's side of it
@@ -291,14 +289,12 @@ def test_chat_template():
     pytest.importorskip("transformers")
     tok = toy.tokenizer()
     ask, answer = {"role": "user", "content": SOUP}, {"role": "assistant", "content": "it is good ."}
-    assert (
-        tok.apply_chat_template([ask, answer], tokenize=False)
-        == "<user> how is the soup ? please <assistant> it is good .<eos>"
-    )
+    whole = tok.apply_chat_template([ask, answer], tokenize=False)
+    assert whole == f"<user> {SOUP} <assistant> it is good .<eos>"
     start = tok.apply_chat_template([ask], tokenize=False, add_generation_prompt=True)
-    assert start == "<user> how is the soup ? <assistant>"
+    assert start == f"<user> {SOUP} <assistant>"
     both = tok.apply_chat_template([ask, answer, ask], tokenize=False, add_generation_prompt=True)
-    expected = "<user> how is the soup ? <assistant> it is good . <eos> <user> how is the soup ? <assistant>"
+    expected = f"<user> {SOUP} <assistant> it is good . <eos> <user> {SOUP} <assistant>"
     assert tok.convert_ids_to_tokens(tok.encode(both, add_special_tokens=False)) == expected.split()
     ids = tok.encode(start, add_special_tokens=False)  # what a script appends the response's tokens to
     assert tok.encode(both, add_special_tokens=False)[: len(ids)] == ids

@@ -1,0 +1,340 @@
+"""The scripts as a user meets them: a run of each from the command line, --help, presets, and what a mistake is told."""
+
+import ast
+import dataclasses
+import gzip
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dvpo
+import gvm
+import rm
+import sft
+import toy
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo}
+KIND = {"sft": "CausalLM", "rm": "SequenceClassification", "gvm": "TokenClassification", "dvpo": "CausalLM"}
+
+
+def command(script, *flags, folder):
+    return subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), *flags], cwd=folder, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ the command line
+FLAGS = {
+    "sft": "--steps 3 --batch_size 8",
+    "rm": "--steps 3 --batch_size 4 --split train[:60]",
+    "gvm": "--steps 3 --batch_size 4 --split train[:60]",
+    "dvpo": "--steps 2 --rollout_batch_size 8 --batch_size 4 --max_response_tokens 12",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The four scripts one after the other, each finding what it starts from by its own defaults."""
+    folder = tmp_path_factory.mktemp("runs")
+    return folder / "runs", {script: command(script, *FLAGS[script].split(), folder=folder) for script in SCRIPTS}
+
+
+def finite(value):
+    return value is None or isinstance(value, str) or math.isfinite(value)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_from_the_command_line(runs, script):
+    import transformers
+
+    folder, done = runs[0] / script, runs[1][script]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and "WARNING" not in done.stdout + done.stderr
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = int(FLAGS[script].split()[1])
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert all(finite(value) for row in rows for value in row.values()) and all(row["loss"] is not None for row in rows)
+    summary, args = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "args"))
+    assert summary["steps"] == steps == args["steps"] and all(map(finite, summary.values()))
+    assert set(args) == {field.name for field in dataclasses.fields(SCRIPTS[script].Args)}
+    assert f"runs/{script}/final" in done.stdout  # the closing line says where the model is
+    assert (folder / "samples.jsonl").exists() == (script == "dvpo")
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "final")
+    auto = getattr(transformers, f"AutoModelFor{KIND[script]}")
+    model, loading = auto.from_pretrained(folder / "final", output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    chat = [{"role": "user", "content": toy.prompts("heldout")[0]}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    width = model.config.vocab_size if KIND[script] == "CausalLM" else 1
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert logits.shape[-1] == width and logits.isfinite().all() and float(logits.std() if width > 1 else 1) > 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_soon_and_explains_every_flag(tmp_path, script):
+    started = time.time()
+    done = command(script, "--help", folder=tmp_path)
+    assert done.returncode == 0 and time.time() - started < 15 and not list(tmp_path.iterdir())
+    shown = re.sub(r"[│\s]", "", done.stdout)  # words as they are, however the box breaks lines
+    args = next(n for n in ast.parse((ROOT / f"{script}.py").read_text()).body if getattr(n, "name", "") == "Args")
+    fields = {}
+    for node, after in zip(args.body, [*args.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            text = after.value.value if isinstance(after, ast.Expr) else ""
+            fields[node.target.id] = re.sub(r"\s", "", text)
+    assert set(fields) == {field.name for field in dataclasses.fields(SCRIPTS[script].Args)}
+    for name, text in fields.items():
+        assert len(text) > 10, f"--{name} is not explained"
+        assert re.search(rf"--{name}(?![a-z_]).{{0,60}}?{re.escape(text)}", shown), name
+    assert all(preset in done.stdout for preset in SCRIPTS[script].PRESETS)
+
+
+def parsed(monkeypatch, script, *argv):
+    """What main(argv) would train with."""
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(SCRIPTS[script], "train", found.append)
+        SCRIPTS[script].main(list(argv))
+    return found[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_presets(monkeypatch, script):
+    module = SCRIPTS[script]
+    assert parsed(monkeypatch, script) == module.Args()
+    assert {"llama3.2-3b", "llama3-8b"} <= set(module.PRESETS)
+    for name, preset in module.PRESETS.items():
+        assert parsed(monkeypatch, script, name) == preset != module.Args()
+        changed = parsed(monkeypatch, script, name, "--learning_rate", "0.125", "--bf16")
+        assert changed == dataclasses.replace(preset, learning_rate=0.125, bf16=True)
+        flags = [  # written out, a preset is read back as it is: every value is one that its flag takes
+            word
+            for field, value in dataclasses.asdict(preset).items()
+            for word in (
+                [f"--{field}" if value else f"--no_{field}"] if isinstance(value, bool) else [f"--{field}", str(value)]
+            )
+        ]
+        assert parsed(monkeypatch, script, *flags) == preset
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_commands_in_the_docstring_are_understood(monkeypatch, script):
+    commands = re.findall(rf"(?:python|torchrun.*) {script}\.py(.*?)(?:#|$)", SCRIPTS[script].__doc__, re.M)
+    assert len(commands) >= 3
+    for line in commands:
+        parsed(monkeypatch, script, *line.split())
+
+
+# ---------------------------------------------------------------------------------------------------------- mistakes
+PROMPT = toy.prompts("rl")[0]
+GRADED = [{"text": "it", "score": 1}, {"text": "the", "score": 2.5}]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tiny policy and value model; models with something amiss."""
+    from transformers import LlamaForCausalLM, LlamaForTokenClassification
+
+    home = tmp_path_factory.mktemp("home")
+    tiny = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
+    policy = LlamaForCausalLM(toy.config(**tiny))
+    values, labels = (LlamaForTokenClassification(toy.config(**tiny, num_labels=n)) for n in (1, 2))
+    models = {"policy": policy, "gvm": values, "two_labels": labels, "other_tokens": values, "no_template": policy}
+    for name, model in models.items():
+        model.save_pretrained(home / name)
+        tokenizer = toy.tokenizer()
+        if name == "other_tokens":
+            tokenizer.add_tokens(["another"])
+        if name == "no_template":
+            tokenizer.chat_template = None
+        tokenizer.save_pretrained(home / name)
+    return home
+
+
+def mistake(capfd, monkeypatch, tmp_path, script, *argv):
+    """What a user is told: one line, exit code 2, and an earlier run in --output_dir stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    earlier = tmp_path / "out" / "final" / "model.safetensors"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("an earlier run")
+    before = sorted(tmp_path.rglob("*"))
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        SCRIPTS[script].main([*argv, "--output_dir", "out"])
+    out, error = capfd.readouterr()
+    assert ended.value.code == 2 and not out
+    assert re.fullmatch(r"error: .{20,}\n", error), error
+    assert sorted(tmp_path.rglob("*")) == before and earlier.read_text() == "an earlier run"
+    return error
+
+
+def start(home, script):
+    """Flags for the models that a script starts from."""
+    if script == "dvpo":
+        return ["--policy", str(home / "policy"), "--gvm", str(home / "gvm")]
+    return ["--model", str(home / "policy")]
+
+
+@pytest.fixture
+def told(capfd, monkeypatch, tmp_path):
+    return lambda script, *argv: mistake(capfd, monkeypatch, tmp_path, script, *argv)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["llama9"], ["llama9", "llama3.2-3b", "llama3-8b"]),
+        (["--stepz", "3"], ["--stepz", "--help"]),
+        (["llama3-8b", "stray"], ["stray", "--help"]),
+        (["--steps", "many"], ["--steps", "many"]),
+        (["--steps"], ["--steps"]),
+        (["--zero_stage", "4"], ["--zero_stage", "'4'", "'3'"]),
+        (["--attention", "none"], ["--attention", "sdpa", "eager"]),
+        (["--batch_size", "0"], ["--batch_size 0", "1 or more"]),
+    ],
+)
+def test_a_flag_that_is_not_understood(told, script, argv, says):
+    error = told(script, *argv)
+    assert all(part in error for part in says), error
+
+
+@pytest.mark.parametrize("flag", ["advantage", "kl_in", "value_norm"])
+def test_a_value_that_a_flag_does_not_take(told, flag):
+    error = told("gvm" if flag == "value_norm" else "dvpo", f"--{flag}", "other")
+    choices = {"advantage": ("q", "q_minus_v", "gae"), "kl_in": ("reward", "loss"), "value_norm": ("none", "batch")}
+    assert f"--{flag}" in error and all(f"'{choice}'" in error for choice in choices[flag])
+
+
+GOOD = {"sft": {"completion": "it"}, "rm": {"responses": GRADED}, "gvm": {"responses": GRADED}, "dvpo": {}}
+BAD_ROWS = [  # scripts, row, the field that the message names
+    ("sft rm gvm dvpo", {"prompt": None}, "prompt"),
+    ("sft rm gvm dvpo", {"prompt": 7}, "prompt"),
+    ("sft rm gvm dvpo", {"prompt": []}, "prompt"),
+    ("sft rm gvm dvpo", {"prompt": [{"role": "user"}]}, "prompt"),
+    ("sft rm gvm dvpo", {"prompt": [{"role": "wizard", "content": "how"}]}, "prompt"),
+    ("sft rm gvm dvpo", {"messages": [{"role": "user"}]}, "messages"),
+    ("sft", {"completion": 7}, "completion"),
+    ("sft", {"completion": None}, "completion"),
+    ("sft rm gvm", {"completion": None, "responses": "it"}, "responses"),
+    ("sft rm gvm", {"completion": None, "responses": [*GRADED, 7]}, "responses"),
+    ("sft rm gvm", {"completion": None, "responses": [*GRADED, {"text": "it", "score": "good"}]}, "score"),
+    ("sft rm gvm", {"completion": None, "responses": [*GRADED, {"text": "it", "score": math.nan}]}, "score"),
+    ("rm gvm", {"responses": [*GRADED, {"text": "it"}]}, "score"),
+    ("rm gvm", {"responses": [*GRADED, {"score": 1}]}, "text"),
+    ("rm gvm", {"responses": None}, "responses"),
+    ("rm gvm", {"responses": None, "chosen": "it"}, "rejected"),
+    ("rm gvm", {"responses": None, "chosen": "it", "rejected": 7}, "text"),
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "row", "field"),
+    [(script, row, field) for scripts, row, field in BAD_ROWS for script in scripts.split()],
+)
+def test_a_bad_row_is_named_with_file_row_and_field(told, home, tmp_path, script, row, field):
+    good = {"prompt": PROMPT} | GOOD[script]
+    bad = {key: value for key, value in (good | row).items() if value is not None}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (good, good, bad, good)))
+    error = told(script, *start(home, script), "--data", str(path))
+    assert f"{path} row 3" in error and re.search(rf"\b{field}\b", error), error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("absent.jsonl", None, "does not exist"),
+        ("a.jsonl", b'{"prompt": "how"}\n{"prompt": "h', "row 2"),
+        ("a.jsonl", b'{"prompt": "how"}\n\n["how"]\n', "row 3"),
+        ("a.json", b'[{"prompt": "how"}', "mend"),
+        ("a.jsonl", b"\xff\xfe", "UTF-8"),
+        ("a.jsonl.gz", b"plain text", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "how"}' * 9)[:-12], "cannot be read"),
+        ("a.parquet", b"plain text", "cannot be read"),
+        ("a.jsonl", b"", "0 prompts"),
+    ],
+)
+def test_a_file_that_cannot_be_read(told, home, tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    error = told("dvpo", *start(home, "dvpo"), "--data", str(tmp_path / name))
+    assert str(tmp_path / name) in error and says in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_prompt_that_is_too_long(told, home, script):
+    error = told(script, *start(home, script), "--max_prompt_tokens", "3")
+    assert all(part in error for part in ("toy row 1:", "prompt", "--max_prompt_tokens 3", "--drop_long_prompts"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_without_a_chat_template(told, home, script):
+    error = told(script, "--policy" if script == "dvpo" else "--model", str(home / "no_template"),
+                 *(["--gvm", str(home / "gvm")] if script == "dvpo" else []))  # fmt: skip
+    assert f"`python sft.py --model {home / 'no_template'} --chat_template plain`" in error
+
+
+def test_the_advice_on_a_model_without_a_chat_template_works(home, tmp_path):
+    flags = ["--model", str(home / "no_template"), "--chat_template", "plain", "--steps", "1", "--split", "train[:4]"]
+    sft.main([*flags, "--output_dir", str(tmp_path / "sft")])
+    final = tmp_path / "sft" / "final"
+    assert sft.load_tokenizer(str(final), sft.Args()).chat_template == sft.PLAIN_TEMPLATE
+
+
+WRONG = [  # script, flags with {home}, what the message says
+    ("rm", "", "runs/sft/final is not a model folder: run `python sft.py` first"),
+    ("gvm", "", "runs/sft/final is not a model folder: run `python sft.py` first"),
+    ("dvpo", "", "runs/sft/final is not a model folder: run `python sft.py` first"),
+    ("dvpo", "--policy {home}/policy", "runs/gvm/final is not a model folder: run `python gvm.py` first"),
+    ("sft", "--model {home}", "not a model folder"),
+    ("sft", "--model {home}/no_template --chat_template {home}/absent.jinja", "--chat_template"),
+    ("sft", "--split train[1]", "--split"),
+    ("sft", "--model {home}/policy --split train[:0]", "no row"),
+    ("rm", "--model {home}/policy --split train[:0]", "nothing to learn"),
+    ("gvm", "--model {home}/policy --split train[:0]", "nothing to learn"),
+    ("gvm", "--model {home}/policy --value_norm batch --batch_size 8 --micro_batch_size 4", "--micro_batch_size"),
+    ("dvpo", "--policy {home}/policy --gvm {home}/policy", "not a value model"),
+    ("dvpo", "--policy {home}/policy --gvm {home}/two_labels", "not a value model"),
+    ("dvpo", "--policy {home}/policy --gvm {home}/other_tokens", "tokenizers"),
+    ("dvpo", "--policy {home}/policy --gvm {home}/gvm --rollout_batch_size 7", "--batch_size 32"),
+    ("dvpo", "--policy {home}/policy --gvm {home}/gvm --split train[:9]", "--rollout_batch_size 64"),
+    ("dvpo", "--policy {home}/policy --gvm {home}/gvm --tau_pairs 2", "`python gvm.py --tau_pairs`"),
+    ("dvpo", "--policy {home}/policy --gvm {home}/gvm --share_backbone", "`python gvm.py --lora_r 8`"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "says"), WRONG)
+def test_what_does_not_fit_together(told, home, script, flags, says):
+    assert says in told(script, *flags.format(home=home).split())
+
+
+def test_of_several_processes_one_speaks(capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        sft.main(["llama9"])
+    assert ended.value.code == 2 and capfd.readouterr() == ("", "")
+
+
+def test_an_earlier_run_is_moved_aside_and_kept(home, tmp_path, capfd):
+    out = tmp_path / "out"
+    for rate in ("0.001", "0.002", "0.003"):
+        flags = ["--steps", "1", "--split", "train[:4]", "--learning_rate", rate, "--output_dir", str(out)]
+        sft.main([*start(home, "sft"), *flags])
+    rates = [json.loads((tmp_path / name / "args.json").read_text())["learning_rate"]
+             for name in ("out.1", "out.2", "out")]  # fmt: skip
+    assert rates == [0.001, 0.002, 0.003] and (tmp_path / "out.1" / "final" / "config.json").exists()
+    assert f"moved to {out}.2" in capfd.readouterr().out
