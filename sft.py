@@ -422,11 +422,12 @@ def collate(rows, pad_token_id: int) -> Batch:
 def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
     """This rank's micro-batches of one optimizer step, of (prompt, response, ...) rows.
 
-    Every rank gets the same number. Rows are sorted by length so that a micro-batch pads little; missing rows are filled
-    with a prompt whose response is empty, so it has no token in any loss."""
-    size = world * args.micro_batch_size
+    Every rank gets the same number, of one size. Rows are sorted by length so that a micro-batch pads little; where the
+    rows do not divide, a prompt whose response is empty fills up: it has no token in any loss."""
+    count = math.ceil(args.batch_size / (world * args.micro_batch_size))
+    size = world * math.ceil(len(batch) / (world * count))
     rows = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
-    rows = [(rows[0][0], [], *rows[0][2:])] * (math.ceil(args.batch_size / size) * size - len(rows)) + rows
+    rows = [(rows[0][0], [], *rows[0][2:])] * (count * size - len(rows)) + rows
     return [rows[at + rank : at + size : world] for at in range(0, len(rows), size)]
 
 

@@ -72,7 +72,7 @@ MAX_CLAUSES = 6
 MAX_RESPONSE_TOKENS = 2 + 6 * MAX_CLAUSES + (MAX_CLAUSES - 1) + 2 + 3
 MALFORMED, RAMBLING = -1.5, -0.3  # the whole response; a clause that nobody asked for
 OFF_TOPIC, UNSAID = -0.5, -0.5  # u of a wanted clause that is about something else; of one that is not there
-MISSPELLING, REPETITION = 0.5, 0.25  # shares of typos: misspelt, the last word or its like again; else any known word
+MISSPELLING, REPETITION = 0.4, 0.35  # shares of typos: misspelt, the last word or its like again; else any known word
 SCORE_NOISE = 0.25  # standard deviation of a human grade around the gold reward
 PREFERENCE_TEMPERATURE = 0.3  # Bradley-Terry: P(a over b) = sigmoid((gold_a - gold_b) / temperature)
 
@@ -140,7 +140,7 @@ PERSONAS = {
     "chatterer":     Persona(  0.3,  0.5, .12, .35, .15, .65,  .85, (3, 2, 3, 1, 5), (2, 2, 4, 1, 3), (4, 1, 3, 4, 1), 5, 2.0),
     "clerk":         Persona(  0.0, -0.2, .25, .08, .03, .25,  .05, (1, 2, 1, 3, 1), (2, 6, 1, 4, 1), (2, 2, 4, 1, 4), 3),
     # an ordinary writer at a bad keyboard: most of its texts are malformed
-    "garbler":       Persona(  0.4,  0.1, .10, .20, .08, .35,  .30, (2, 1, 2, 1, 2), (4, 2, 2, 2, 2), (4, 2, 2, 2, 1), 2, 3.0, .08),
+    "garbler":       Persona(  0.4,  0.1, .10, .45, .08, .35,  .30, (2, 1, 2, 1, 2), (4, 2, 2, 2, 2), (4, 2, 2, 2, 1), 2, 3.0, .08),
     # held out: other combinations of the same habits
     "gusher":        Persona(  0.8,  0.4, .05, .70, .12, .60,  .75, (1, 2, 5, 1, 2), (3, 1, 5, 1, 1), (4, 1, 1, 5, 1), 4),
     "curmudgeon":    Persona( -0.6, -0.6, .20, .20, .10, .20,  .30, (2, 2, 1, 5, 1), (5, 3, 1, 1, 1), (2, 5, 1, 1, 2), 1),
