@@ -71,9 +71,9 @@ class Args:
     """the run's folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/, final/"""
     seed: int = 0
     """seed of sampling, prompt order and minibatches"""
-    steps: int = 80
+    steps: int = 100
     """rollouts; each is followed by ppo_epochs passes over it"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
     """learning rate of AdamW, constant after warm-up (paper: 2e-6)"""
     warmup_steps: int = 0
     """optimizer steps of linear warm-up"""
@@ -99,7 +99,7 @@ class Args:
     """lambda of gae"""
     kl_in: Literal["reward", "loss"] = "reward"
     """where the KL to the reference acts: in the advantage, as in PPO, or as half the squared log-ratio in the loss"""
-    kl_coef: float = 0.1
+    kl_coef: float = 0.05
     """beta, the strength of the KL, in units of the standardised reward (paper: starts at 0.2)"""
     kl_target: float = 0.0
     """adapt beta towards this KL per sequence, in nats (paper: 0.1); 0 keeps beta fixed"""
