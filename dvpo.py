@@ -12,7 +12,7 @@ critic, no reward.
 `--advantage q` is the paper's. A frozen Q also gives a baseline for free, since appending a token is deterministic:
 V(s_t) = Q_{t-1} (/ discount), V(s_1) read at the last prompt token, and the *terminal value Q_T is kept*:
 
-    delta_t = Q_t - V_t,   `--advantage q_minus_v`: A_t = delta_t / rms(delta),   `gae`: A_t = sum_k (discount lam)^k delta_{t+k}
+    delta_t = Q_t - V_t,   `--advantage q_minus_v`: A_t = delta_t / rms(delta),   `gae`: A_t = normalize(sum_k (discount lam)^k delta_{t+k})
 
 The KL to the reference enters as in PPO, in units of the standardised reward (`--kl_in reward`), or as a squared
 log-ratio in the loss (`--kl_in loss`); its coefficient is fixed, or adaptive with --kl_target.
@@ -100,7 +100,7 @@ class Args:
     kl_in: Literal["reward", "loss"] = "reward"
     """where the KL to the reference acts: in the advantage, as in PPO, or as half the squared log-ratio in the loss"""
     kl_coef: float = 0.05
-    """beta, the strength of the KL, in units of the standardised reward (paper: starts at 0.2)"""
+    """beta, the strength of the KL, in units of the standardised reward, or with --kl_in loss of the advantage (paper: starts at 0.2)"""
     kl_target: float = 0.0
     """adapt beta towards this KL per sequence, in nats (paper: 0.1); 0 keeps beta fixed"""
     kl_horizon: float = 10000.0
@@ -141,7 +141,7 @@ class Args:
 
 _paper = Args(
     data="openbmb/UltraFeedback", split="train[80%:]", steps=450, learning_rate=2e-6, rollout_batch_size=64, batch_size=32,
-    micro_batch_size=2, ppo_epochs=4, kl_coef=0.2, kl_target=0.1, max_prompt_tokens=1024, max_response_tokens=1024,
+    micro_batch_size=2, ppo_epochs=4, advantage="q", kl_coef=0.2, kl_target=0.1, max_prompt_tokens=1024, max_response_tokens=1024,
     drop_long_prompts=True, gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=50,
 )  # fmt: skip
 PRESETS: dict[str, Args] = {
@@ -169,8 +169,8 @@ def increments(values, mask, *, discount: float = 1.0):
     """delta_t = Q_t - V_t, the one-step advantage at KL 0: (B, T), 0 where masked.
 
     values (B, T+1): column 0 is V(s_1), column t is Q_t. V_1 is read at the last prompt token, V_t = Q_{t-1} / discount
-    (no reward but the last, deterministic text). discount V_{t+1} = Q_t holds at t = T too, where V_{T+1} = Q_T comes
-    undiscounted: the terminal value is kept."""
+    (no reward but the last, deterministic text). At t = T, Q_T itself stands for discount V_{T+1}: the terminal
+    value is kept."""
     v = torch.cat([values[:, :1], values[:, 1:-1] / discount], 1)
     return (values[:, 1:] - v) * mask
 
@@ -181,7 +181,8 @@ def advantages(
     """Advantages (B, T) of a whole rollout, all ranks; 0 where masked.
 
     values (B, T+1) of the GVM, kl (B, T) = old_logp - ref_logp, mask (B, T) bool.
-    q:         normalize(Q_t - beta sum_{k>=t} discount^(k-t) kl_k)          section 3.3, the paper's; eq. 2 normalises
+    q:         normalize(Q_t - beta sum_{k>=t} discount^(k-t) kl_k)          section 3.3 at beta = 0; eq. 2 normalises, and
+               mu, sigma of the rollout are our reading ("computed during the GVM training stage")
     q_minus_v: (delta_t - beta sum_{k>=t} discount^(k-t) kl_k) / root mean square: not centred, since a mean increment
                above 0 says that the policy does better than the GVM expected
     gae:       normalize(sum_{k>=t} (discount lam)^(k-t) (delta_k - beta kl_k))          as PPO whitens"""

@@ -8,7 +8,7 @@ token y_t, after the action; one more is read at the last prompt token, V(s_1).
     L = mean_t (G_t - Q_t)^2                                                           eq. 1         `value_loss`
     Q~ = (Q - mu) / (sigma + eps), mu and sigma over the batch's response tokens       eq. 2         `--value_norm batch`
 
-`--td_lambda 0` is eq. 1 to the letter, 1 is Monte-Carlo (the default: it measured best; README). V(s_1) has target
+`--td_lambda 0` is eq. 1, 1 is Monte-Carlo (the default). V(s_1) has target
 (1 - td_lambda) Q_1 + td_lambda G_1 and is left out of eq. 2 and of every accuracy. Scores are standardised over the
 training rows (mean and std go into the saved config); of a preference pair the chosen response scores +1, the rejected -1.
 
@@ -19,7 +19,7 @@ The authors' released code feeds question and answer only (no tau) and reads V(s
 
     python gvm.py                                                    # CPU: the toy world, from runs/sft/final
     python gvm.py llama3.2-3b --micro_batch_size 1                   # 1 GPU
-    torchrun --nproc_per_node 8 gvm.py llama3.2-3b                   # 8 GPUs, the paper's setting
+    torchrun --nproc_per_node 8 gvm.py llama3.2-3b                   # 8 GPUs, the paper's sizes
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Args:
     discount: float = 1.0
     """the MDP's discount factor per token (the paper's gamma)"""
     value_norm: Literal["none", "batch"] = "none"
-    """`batch` applies eq. 2 to the Q inside the loss (paper), not to V(s_1): for --advantage q only; measured worse"""
+    """`batch` applies eq. 2 to the Q inside the loss (paper), not to V(s_1): for --advantage q only"""
     eval_share: float = 0.05
     """share of the prompts held out for the closing report (Table 4 of the paper)"""
     lora_r: int = 0
@@ -139,7 +139,7 @@ def td_targets(values, mask, reward, *, discount: float = 1.0, td_lambda: float 
 
     values (R, T+1): column 0 is V(s_1), column t is Q_t; mask (R, T) bool, true for t = 1..T_i; reward (R,), the
     standardised score. Returns (R, T+1): G_T = r, G_t = discount ((1 - td_lambda) Q_{t+1} + td_lambda G_{t+1}), and for
-    V(s_1), which is no action later than the state it values, (1 - td_lambda) Q_1 + td_lambda G_1 without the discount."""
+    V(s_1), which no time step separates from y_1, (1 - td_lambda) Q_1 + td_lambda G_1 without the discount."""
     values = values.detach()
     width = mask.shape[1]
     last = torch.zeros_like(mask)

@@ -12,7 +12,7 @@ rewards, and the value of any prefix under any persona follows from two backward
 
 The reward is not clipped: a clipped sum would no longer be additive. Typos (misspelt words, words said again, any
 other) are drawn only from what is not grammatical where it stands, so each token plays one role and the likelihood of
-any text is exact too.
+any text is exact too (a text cut at the cap aside: a garbler's, and never seen in thousands).
 That gives `bayes_values`: the best that a value model which sees trajectories of the policy could possibly predict.
 
 What makes it a test for values: "not" flips a clause that is not said yet; "it" carries an off-topic noun into later

@@ -4,7 +4,7 @@
     python bench/toy.py 10 11                 # only these; finished ones are not run again
 
 World and settings were tuned on seeds 0 to 2. The interval is over seeds (Student's t), each seed being a new draw of the
-data, the initial weights, the sampling, everything but the prompts.
+data, the initial weights, the sampling and the texts that values are graded on: everything but the prompts.
 """
 
 import json
@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile of Student's t for n - 1 degrees of freedom
+T95 = {
+    2: 12.71,
+    3: 4.30,
+    4: 3.18,
+    5: 2.78,
+    6: 2.57,
+    7: 2.45,
+    8: 2.36,
+}  # 97.5 % quantile of Student's t for n - 1 degrees of freedom
 
 
 def gather(x: list) -> dict | float | None:
@@ -34,9 +42,7 @@ def main():
         folder = Path(f"runs/seed{seed}")
         if not (ROOT / folder / "results.json").is_file():
             subprocess.run(["make", "demo", f"DEMO={folder}", f"SEED={seed}"], cwd=ROOT, check=True)
-    found = {}
-    for path in sorted((ROOT / "runs").glob("seed*/results.json")):
-        found[int(path.parent.name.removeprefix("seed"))] = json.loads(path.read_text())
+    found = {seed: json.loads((ROOT / "runs" / f"seed{seed}" / "results.json").read_text()) for seed in seeds}
     if len(found) > 1:
         out = ROOT / "bench" / "results" / "toy.json"
         out.write_text(json.dumps({"seeds": list(found), **gather(list(found.values()))}, indent=1) + "\n")

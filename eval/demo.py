@@ -3,7 +3,7 @@
     python eval/demo.py runs/demo
 
 Every policy found there (any run folder with a causal model) is sampled on the held-out prompts and graded by the gold
-reward, which no training has seen. The GVM (`gvm`, and `gvm_no_tau` if there) is compared, token by token, with the exact
+reward, which no model was trained on. The GVM (`gvm`, and `gvm_no_tau` if there) is compared, token by token, with the exact
 values of the policies that wrote held-out texts, given a trajectory of the right policy and one of another policy. Two
 yardsticks stand beside it: the best predictor that knows only the token's position, and the Bayes-optimal predictor that
 knows all policies exactly and infers from tau and prefix which one is writing.
@@ -45,12 +45,12 @@ class Wrapped:
         return torch.autocast("cpu", enabled=False)
 
 
-def sample(folder, tokenizer, args, seed: str = "evaluation"):
+def sample(folder, tokenizer, args, seed: int):
     """(policy, prompts, prompt ids, response ids): SAMPLES responses to each held-out prompt, at temperature 1."""
     policy = Wrapped(folder, tokenizer, args)
     prompts = [prompt for prompt in toy.prompts("heldout") for _ in range(SAMPLES)]
     ids = [dvpo.encode(tokenizer, {"prompt": prompt}, None, prompt, args)[0] for prompt in prompts]
-    noise = dvpo.GumbelNoise(seed, 1.0, slice(None), len(ids), "cpu")
+    noise = dvpo.GumbelNoise(f"evaluation {seed}", 1.0, slice(None), len(ids), "cpu")
     return policy, prompts, ids, dvpo.sample_responses(policy, ids, noise, tokenizer, args, torch.device("cpu"))
 
 
@@ -66,8 +66,8 @@ def log_probs(policy, ids, responses, tokenizer):
     return torch.cat(parts).numpy().astype(float)
 
 
-def grade_policy(folder, reference, tokenizer, args) -> dict:
-    policy, prompts, ids, responses = sample(folder, tokenizer, args)
+def grade_policy(folder, reference, tokenizer, args, seed: int = 0) -> dict:
+    policy, prompts, ids, responses = sample(folder, tokenizer, args, seed)
     texts = [
         tokenizer.decode(r[:-1] if r[-1] == tokenizer.eos_token_id else r + [tokenizer.unk_token_id]) for r in responses
     ]
@@ -83,7 +83,7 @@ def grade_policy(folder, reference, tokenizer, args) -> dict:
     }
 
 
-def value_texts(policies, seed: int = 0):
+def value_texts(policies, seed: int):
     """(policy, prompt, text, tau of the same policy, tau of another): TEXTS on held-out prompts of each policy; up to
     four pairs in a tau, on other held-out prompts."""
     rng = random.Random(seed)
@@ -123,8 +123,8 @@ def gvm_values(folder, cases, tokenizer, args):
     ]
 
 
-def grade_gvm(folder, tokenizer, args, policies=toy.TRAIN_POLICIES) -> dict:
-    texts = value_texts(policies)
+def grade_gvm(folder, tokenizer, args, seed: int = 0, policies=toy.TRAIN_POLICIES) -> dict:
+    texts = value_texts(policies, seed)
     config = json.loads((Path(folder) / "config.json").read_text())
     pairs = config["tau_pairs"]
     exact = [toy.exact_values(policy, prompt, text.split() + [toy.EOS])[1:] for policy, prompt, text, *_ in texts]
@@ -137,8 +137,8 @@ def grade_gvm(folder, tokenizer, args, policies=toy.TRAIN_POLICIES) -> dict:
     return found
 
 
-def yardsticks(pairs: int, policies=toy.TRAIN_POLICIES) -> dict:
-    texts = value_texts(policies)
+def yardsticks(pairs: int, seed: int = 0, policies=toy.TRAIN_POLICIES) -> dict:
+    texts = value_texts(policies, seed)
     exact = [toy.exact_values(policy, prompt, text.split() + [toy.EOS])[1:] for policy, prompt, text, *_ in texts]
     by_position = [np.mean([x[t] for x in exact if len(x) > t]) for t in range(max(map(len, exact)))]
     bayes = {
@@ -157,14 +157,15 @@ def main(argv=None):
     tokenizer = toy.tokenizer()
     summary = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/summary.json")}
     reference = Wrapped(folder / "sft" / "final", tokenizer, args)
+    seed = json.loads((folder / "sft" / "args.json").read_text())["seed"]
     results = {"methods": {}}
     for run in sorted(folder.glob("*/final/config.json"), key=lambda p: p.stat().st_mtime):
         name, config = run.parent.parent.name, json.loads(run.read_text())
         if config["architectures"] != ["LlamaForCausalLM"] or "." in name:  # NAME.1 is an earlier run, moved aside
             continue
-        row = grade_policy(run.parent, reference, tokenizer, args)
+        row = grade_policy(run.parent, reference, tokenizer, args, seed)
         settings = json.loads((run.parent.parent / "args.json").read_text())
-        teachers = [stage for stage, flag in (("gvm", "gvm"), ("rm", "reward_model")) if settings.get(flag)]
+        teachers = [Path(settings[flag]).parent.name for flag in ("gvm", "reward_model") if settings.get(flag)]
         stages = dict.fromkeys(["sft", *teachers, name])  # a method's time includes training its teacher
         row["seconds"] = round(sum(summary[stage]["seconds"] for stage in stages if stage in summary), 1)
         row |= {"peak_memory_mb": summary.get(name, {}).get("peak_memory_mb"), "seed": settings["seed"]}
@@ -173,15 +174,15 @@ def main(argv=None):
     results["seconds"] = {name: s["seconds"] for name, s in summary.items()}
     for name in ("gvm", "gvm_no_tau"):
         if (folder / name / "final").is_dir():
-            results[name] = grade_gvm(folder / name / "final", tokenizer, args)
+            results[name] = grade_gvm(folder / name / "final", tokenizer, args, seed)
             results[name]["held_out_policies"] = grade_gvm(
-                folder / name / "final", tokenizer, args, toy.HELD_OUT_POLICIES
+                folder / name / "final", tokenizer, args, seed, toy.HELD_OUT_POLICIES
             )
-    if "gvm" in results:
+    if "right_tau" in results.get("gvm", {}):
         # of policies outside its prior, "Bayes-optimal" is no bound: the held-out ones get the position yardstick only
-        results["gvm"]["held_out_policies"]["position"] = yardsticks(0, toy.HELD_OUT_POLICIES)["position"]
+        results["gvm"]["held_out_policies"]["position"] = yardsticks(0, seed, toy.HELD_OUT_POLICIES)["position"]
         pairs = json.loads((folder / "gvm" / "final" / "config.json").read_text())["tau_pairs"]
-        results["gvm"]["yardsticks"] = marks = yardsticks(pairs)
+        results["gvm"]["yardsticks"] = marks = yardsticks(pairs, seed)
         for span in ("all", "first3"):
             low, high = (marks[name][span]["correlation"] for name in ("position", "bayes_tau"))
             share = (results["gvm"]["right_tau"][span]["correlation"] - low) / (high - low)
@@ -191,7 +192,7 @@ def main(argv=None):
         low, high = row["gold"]["ci95"]
         print(f"{name:14} gold {row['gold']['mean']:6.3f} [{low:.3f}, {high:.3f}]  malformed {row['malformed']:.1%}  "
               f"KL {row['kl']:.2f}  tokens {row['length']:.1f}  {row['seconds']:.0f} s")  # fmt: skip
-    if "gvm" in results:
+    if "yardsticks" in results.get("gvm", {}):
         for name in ("right_tau", "other_tau", "no_tau"):
             row = results["gvm"].get(name, {})
             print(

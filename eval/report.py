@@ -80,14 +80,14 @@ def smooth(values, window: int = 0) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def best_dvpo(results: dict) -> str | None:
-    names = [name for name in results["methods"] if name.startswith("dvpo")]
-    return max(names, key=lambda name: results["methods"][name]["gold"]["mean"], default=None)
+def dvpo_run(results: dict) -> str | None:
+    """The run that headlines speak of: `dvpo`, with its defaults. Not the best one, which held-out reward would choose."""
+    return next((name for name in sorted(results["methods"]) if name.startswith("dvpo")), None)
 
 
 def headline(results: dict) -> str:
     """The result in one sentence or two, from numbers alone."""
-    methods, best = results["methods"], best_dvpo(results)
+    methods, best = results["methods"], dvpo_run(results)
     sft = methods.get("sft")
     if best is None or sft is None:
         return f"The SFT policy's gold reward is {with_interval(sft['gold'])}." if sft else ""
@@ -329,7 +329,7 @@ def samples(folder: Path, tokenizer) -> list[tuple[str, str, float]]:
 
 
 def tiles(results: dict) -> Raw:
-    methods, best, out = results["methods"], best_dvpo(results), []
+    methods, best, out = results["methods"], dvpo_run(results), []
     if best and "sft" in methods:
         sft, row = methods["sft"], methods[best]
         out += [(f"{num(sft['gold']['mean'])} → {num(row['gold']['mean'])}", "gold reward, SFT → DVPO"),
@@ -543,7 +543,7 @@ INTRO = (
     "A small language model is improved by Decoupled Value Policy Optimization (DVPO): a global value model (GVM) is "
     "trained once on graded texts of many policies, then frozen, and its token-level values, with a penalty on the KL, "
     "are all that the policy is trained on: there is no reward model and no critic in the loop. The world is a toy, on "
-    "purpose: prompts ask for an opinion of one thing at a wanted length, answers come from a small grammar, and so "
+    "purpose: prompts ask for an opinion of one thing, in three clauses; answers come from a small grammar, and so "
     "the true (“gold”) reward of every answer and the true value of every token are known exactly. What is claimed "
     "below is measured against them."
 )
@@ -565,7 +565,7 @@ def report(folder: Path) -> Path:
             rows = [row for row in rows if "gold" in row and "kl" in row]
             curves |= {run.name: rows} if rows else {}
 
-    methods, best = results["methods"], best_dvpo(results)
+    methods, best = results["methods"], dvpo_run(results)
     sft = methods["sft"]["gold"]["mean"] if "sft" in methods else None
     parts = [Raw("<h1>Decoupled values, in a world where values are known</h1>"), p(INTRO)]
     parts += [p(headline(results), "lead"), tiles(results)]

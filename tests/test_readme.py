@@ -1,0 +1,56 @@
+"""The README's numbers are those of the committed result files, and its commands name scripts and targets that exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8").replace("−", "-")
+TOY = json.loads((ROOT / "bench" / "results" / "toy.json").read_text())
+
+
+def numbers(start: str) -> list[float]:
+    """The numbers of the one table row that starts so, from its second cell on."""
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| {start}")]
+    return [float(x) for x in re.findall(r"-?\d+\.\d+", row.split("|", 2)[2])]
+
+
+@pytest.mark.parametrize(
+    ("start", "method"), [("SFT |", "sft"), ("DVPO, `--advantage gae`", "dvpo"), ("DVPO, `--advantage q`", "dvpo_q")]
+)
+def test_methods(start, method):
+    row = TOY["methods"][method]
+    gold, bad = row["gold"]["mean"], row["malformed"]
+    expected = [round(x, 2) for x in (gold["mean"], *gold["ci95"])]
+    expected += [round(100 * x, 1) for x in (bad["mean"], *bad["ci95"])]
+    assert numbers(start) == expected + [round(row["kl"]["mean"], 1), round(row["length"]["mean"], 1)]
+
+
+@pytest.mark.parametrize(
+    ("start", "where"),
+    [
+        ("position only", ("yardsticks", "position")),
+        ("GVM, another policy", ("other_tau",)),
+        ("GVM, no τ", ("no_tau",)),
+        ("**GVM, the right", ("right_tau",)),
+        ("Bayes-optimal, no τ", ("yardsticks", "bayes_no_tau")),
+        ("Bayes-optimal, τ", ("yardsticks", "bayes_tau")),
+    ],
+)
+def test_values(start, where):
+    row = TOY["gvm"]
+    for key in where:
+        row = row[key]
+    expected = [row[span][kind]["mean"] for kind in ("correlation", "mse") for span in ("all", "first3")]
+    assert numbers(start) == [round(x, 3) for x in expected]
+
+
+def test_what_it_names_exists():
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+    for path in re.findall(r"\b[\w/]+\.py\b", README):
+        assert (ROOT / path).is_file(), path
+    for target in re.findall(r"`?make ([\w-]+)", README):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
