@@ -4,7 +4,7 @@
     python bench/toy.py 10 11                 # only these; finished ones are not run again
 
 World and settings were tuned on seeds 0 to 2. The interval is over seeds (Student's t), each seed being a new draw of the
-data, the initial weights, the sampling and the texts that values are graded on: everything but the prompts.
+data, the initial weights, the sampling and the texts that values are graded on: everything but the prompts. Times are left out: seeds may have run side by side.
 """
 
 import json
@@ -26,10 +26,10 @@ T95 = {
 }  # 97.5 % quantile of Student's t for n - 1 degrees of freedom
 
 
-def gather(x: list) -> dict | float | None:
+def gather(x: list) -> dict | None:
     """Results of one shape -> the same shape, each number as {mean, ci95, seeds}."""
     if isinstance(x[0], dict):
-        return {key: gather([one[key] for one in x]) for key in x[0] if all(key in one for one in x)}
+        return {key: gather([one[key] for one in x]) for key in x[0] if key not in ("seed", "seconds", "advantage")}
     if not isinstance(x[0], (int, float)):
         return None
     half = T95[len(x)] * np.std(x, ddof=1) / len(x) ** 0.5
