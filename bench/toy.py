@@ -3,7 +3,7 @@
     python bench/toy.py                       # seeds 10 to 14, one after the other
     python bench/toy.py 10 11                 # only these; finished ones are not run again
 
-World and settings were tuned on seeds 0 to 2. The interval is over seeds (Student's t), each seed being a new draw of the
+World and settings were tuned on seeds 0 and 1. The interval is over seeds (Student's t), each seed being a new draw of the
 data, the initial weights, the sampling and the texts that values are graded on: everything but the prompts. Times are left out: seeds may have run side by side.
 """
 
