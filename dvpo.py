@@ -52,7 +52,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from kernels import linear_logprob, normalize_values
+from kernels import linear_logprob, linear_nll, normalize_values
 
 
 @dataclass
@@ -958,7 +958,8 @@ def plain(model):
 
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
-    """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked.
+    """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
+    of a token it returns -Σ weight · logp instead, a scalar.
 
     Only response positions go through the LM head, inside the head's own forward: there ZeRO-3 has gathered its weight."""
 
@@ -971,17 +972,22 @@ class Policy(torch.nn.Module):
         plain_forward = head.forward
         softcap = getattr(plain(model).config, "final_logit_softcapping", None)
 
-        def forward(hidden, target=None, temperature=1.0):
+        def forward(hidden, target=None, temperature=1.0, token_weight=None):
             if target is None:
                 return plain_forward(hidden)
-            return linear_logprob(hidden, head.weight, target, bias=head.bias, temperature=temperature, softcap=softcap)
+            options = {"bias": head.bias, "temperature": temperature, "softcap": softcap}
+            if token_weight is None:
+                return linear_logprob(hidden, head.weight, target, **options)
+            return linear_nll(hidden, head.weight, target, hidden.new_full(target.shape, token_weight), **options)
 
         head.forward = forward
 
-    def forward(self, batch: Batch, temperature: float = 1.0):
+    def forward(self, batch: Batch, temperature: float = 1.0, token_weight: float | None = None):
         hidden = plain(self.model).get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.predict)
-        logp = plain(self.model).get_output_embeddings()(hidden, batch.target, temperature)
+        logp = plain(self.model).get_output_embeddings()(hidden, batch.target, temperature, token_weight)
+        if token_weight is not None:
+            return logp
         flat = logp.new_zeros(batch.response_mask.numel())
         return flat.index_copy(0, batch.cell, logp).view(batch.response_mask.shape)
 

@@ -19,44 +19,11 @@ ASK = "how is the soup ?"
 ARGS = SimpleNamespace(max_prompt_tokens=64, max_response_tokens=8, drop_long_prompts=False)
 
 
-def ragged(rng, size=7, width=9):
-    """Lengths 1 and `width` among others, their mask, and noise (B, T) float64 that does not stop where a row does."""
-    lengths = [1, width] + [rng.randint(1, width) for _ in range(size - 2)]
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    generator = torch.Generator().manual_seed(rng.randrange(2**31))
-    return lengths, mask, lambda: torch.randn(size, width, generator=generator, dtype=torch.float64)
-
-
 def message(role, content):
     return {"role": role, "content": content}
 
 
 # ------------------------------------------------------------------------------------------------------- the mathematics
-@pytest.mark.parametrize("seed", range(3))
-def test_sft_loss_and_its_gradient_equal_a_loop(seed):
-    lengths, mask, noise = ragged(random.Random(seed))
-    logp = noise().requires_grad_()
-    loss = sft.sft_loss(logp, mask, sum(lengths))
-    loss.backward()
-    expected = -sum(logp[i, t].item() for i, n in enumerate(lengths) for t in range(n)) / sum(lengths)
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
-    for i, n in enumerate(lengths):
-        for t in range(mask.shape[1]):
-            assert float(logp.grad[i, t]) == pytest.approx(-1 / sum(lengths) if t < n else 0, rel=1e-12)
-
-
-def test_sft_loss_by_hand():
-    logp = torch.tensor([[-1.0, -2.0], [-3.0, -99.0]])  # the second response has one token: (1 + 2 + 3) / 3
-    assert float(sft.sft_loss(logp, torch.tensor([[True, True], [True, False]]), 3)) == pytest.approx(2.0)
-
-
-def test_sft_loss_of_parts_over_the_whole_count_adds_up():
-    lengths, mask, noise = ragged(random.Random(3))
-    logp = noise()
-    parts = [sft.sft_loss(logp[rows], mask[rows], sum(lengths)) for rows in (slice(0, 2), slice(2, 3), slice(3, 7))]
-    assert float(sum(parts)) == pytest.approx(float(sft.sft_loss(logp, mask, sum(lengths))), rel=1e-12)
-
-
 def test_schedule_warms_up_linearly_and_decays():
     factors = {kind: [sft.schedule(s, 10, 2, kind) for s in range(10)] for kind in ("constant", "linear", "cosine")}
     for kind, decay in {
@@ -170,12 +137,36 @@ def test_policy_log_probs_equal_a_loop_over_single_sequences_and_the_stock_loss(
                 for t, token in enumerate(response):
                     expected = logits[len(prompt) + t - 1].log_softmax(-1)[token]
                     assert float(logp[i, t]) == pytest.approx(float(expected), abs=1e-5)
-        labels = torch.full_like(batch.input_ids, -100)
-        for i, (prompt, response) in enumerate(rows):
-            labels[i, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
-        stock = model(batch.input_ids, labels=labels).loss
-        loss = sft.sft_loss(sft.Policy(deepcopy(model))(batch), batch.response_mask, sum(r for _, r in lengths))
-        assert float(loss) == pytest.approx(float(stock), rel=1e-5)
+
+
+def test_loss_and_its_gradient_equal_a_loop_and_the_stock_loss(model):
+    """The loss with known weights (the SFT objective): NLL of response tokens over the whole step's token count."""
+    from copy import deepcopy
+
+    rng = random.Random(5)
+    rows = [
+        ([rng.randint(5, 90) for _ in range(p)], [rng.randint(5, 90) for _ in range(r)])
+        for p, r in ((1, 1), (9, 6), (4, 3))
+    ]
+    tokens = sum(len(response) for _, response in rows)
+    policy, exact = deepcopy(model), deepcopy(model).double()
+    wrapped = sft.Policy(policy)
+    parts = [wrapped(sft.collate(part, 0), token_weight=1 / tokens) for part in (rows[:1], rows[1:])]
+    sum(parts).backward()
+    expected = 0
+    for prompt, response in rows:
+        logp = exact(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        expected -= sum(logp[len(prompt) + t - 1, token] for t, token in enumerate(response)) / tokens
+    expected.backward()
+    assert sum(parts).item() == pytest.approx(expected.item(), rel=1e-6)
+    for (name, p), q in zip(policy.named_parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-6, msg=name)
+    batch = sft.collate(rows, 0)
+    labels = torch.full_like(batch.input_ids, -100)
+    for i, (prompt, response) in enumerate(rows):
+        labels[i, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
+    with torch.no_grad():
+        assert model(batch.input_ids, labels=labels).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- rows and files
