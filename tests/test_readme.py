@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,23 @@ def test_values(start, where):
         row = row[key]
     expected = [row[span][kind]["mean"] for kind in ("correlation", "mse") for span in ("all", "first3")]
     assert numbers(start) == [round(x, 3) for x in expected]
+
+
+def test_kernels():
+    (shape,) = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())["shapes"]
+    first, second, third = (statistics.median(x) for x in shape["gemm"].values())
+    products = {1: first, 3: first + second + third, 4: 2 * first + second + third}
+    shown = 0
+    for name, row in shape["methods"].items():
+        if f"| {name} |" not in README:
+            continue
+        forward, both = statistics.median(row["forward"]), statistics.median(row["both"])
+        count = row["products"]
+        expected = [forward, forward / products[1], both, both / products[count]]
+        assert numbers(f"{name} |") == [round(x, 2) for x in expected], name
+        assert f"× {count}) | {row['memory']['both'] / 2**20:.0f} MiB" in README
+        shown += 1
+    assert shown >= 4
 
 
 def test_what_it_names_exists():
