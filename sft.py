@@ -210,7 +210,7 @@ def init_distributed(args):
     if cuda:
         torch.cuda.set_device(device)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else DeepSpeed warns that it had to look
-    if (world > 1 or args.zero_stage) and not dist.is_initialized():
+    if (world > 1 or getattr(args, "zero_stage", 0)) and not dist.is_initialized():
         import deepspeed
 
         for name, value in {
@@ -260,6 +260,7 @@ def load_rows(name: str, split: str, kind: str, seed: int = 0):
     if name == "toy":
         import toy
 
+        kind = "heldout" if (kind, part[1]) == ("prompts", "heldout") else kind
         raw = [(row, f"toy row {i + 1}") for i, row in enumerate(toy.rows(kind, seed))]
     elif Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet") or Path(name).is_file():
         raw = [(row, where) for row, where in read_file(Path(name)) if str(row.get("split", part[1])) == part[1]]
@@ -545,11 +546,12 @@ def plain(model):
 
 class Policy(torch.nn.Module):
     """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
-    of a token it returns -Σ weight · logp instead, a scalar.
+    of a token it returns -Σ weight · logp instead, a scalar. Losses of whole sequences ask for fp32 logits, whose rounding
+    does not add up over tokens.
 
     Only response positions go through the LM head, inside the head's own forward: there ZeRO-3 has gathered its weight."""
 
-    def __init__(self, model):
+    def __init__(self, model, logits_dtype: torch.dtype | None = None):
         super().__init__()
         self.model = model
         ends = plain(model).generation_config.eos_token_id
@@ -561,7 +563,7 @@ class Policy(torch.nn.Module):
         def forward(hidden, target=None, temperature=1.0, token_weight=None):
             if target is None:
                 return plain_forward(hidden)
-            options = {"bias": head.bias, "temperature": temperature, "softcap": softcap}
+            options = {"bias": head.bias, "temperature": temperature, "softcap": softcap, "logits_dtype": logits_dtype}
             if token_weight is None:
                 return linear_logprob(hidden, head.weight, target, **options)
             return linear_nll(hidden, head.weight, target, hidden.new_full(target.shape, token_weight), **options)
@@ -747,20 +749,30 @@ class Run:
                     shutil.rmtree(old)
         barrier()
 
-    def finish(self, model, tokenizer, **summary) -> Path:
-        """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter)."""
-        self.flush()
-        final, part = self.folder / "final", self.folder / "final.part"
+    def write(self, model, tokenizer, folder: Path, merge: bool = False):
+        """A Hugging Face folder, renamed when whole; of a LoRA run the adapter, or with `merge` model and adapter."""
+        part = folder.with_name(folder.name + ".part")
         with self.engine.gathered():
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
-                if model is not plain(model):
+                if merge and model is not plain(model):
                     model.save_pretrained(part / "adapter")
                     model = model.merge_and_unload()
                 model.save_pretrained(part)
                 tokenizer.save_pretrained(part)
-                shutil.rmtree(final, ignore_errors=True)
-                part.rename(final)
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
+
+    def snapshot(self, model, tokenizer):
+        """Every --snapshot_every steps the model as it is, for curves over training: snapshots/step_N/."""
+        if self.args.snapshot_every and self.step % self.args.snapshot_every == 0:
+            self.write(model, tokenizer, self.folder / "snapshots" / f"step_{self.step:07d}")
+
+    def finish(self, model, tokenizer, **summary) -> Path:
+        """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter)."""
+        self.flush()
+        final = self.folder / "final"
+        self.write(model, tokenizer, final, merge=True)
         seconds = time.time() - self.started
         memory = (
             torch.cuda.max_memory_allocated()
