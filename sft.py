@@ -513,7 +513,7 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    if args.gradient_checkpointing and not frozen:
+    if not frozen and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if frozen:
         model.requires_grad_(False).eval()
