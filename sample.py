@@ -340,7 +340,10 @@ def graded_row(prompt, drawn: list[tuple[str, float]], args) -> dict:
     """A row of n responses from n · best_of (text, score) pairs: of each best_of neighbours the best."""
     groups = [drawn[i : i + args.best_of] for i in range(0, len(drawn), args.best_of)]
     best = [max(group, key=lambda pair: pair[1]) for group in groups]
-    return {"prompt": prompt, "responses": [{"text": t, "score": score, "policy": args.policy} for t, score in best]}
+    return {
+        "prompt": prompt,
+        "responses": [{"text": t, "score": round(score, 5), "policy": args.policy} for t, score in best],
+    }
 
 
 def train(args: Args) -> Path:

@@ -163,7 +163,7 @@ def floor(count, *, lam: float, pairs: str):
 
 
 @dataclass
-class Question:
+class Group:
     """A prompt with its responses: (prompt ids, response ids) each, their rewards, and the reference's log-probs."""
 
     prompt: str | list[dict]
@@ -172,9 +172,9 @@ class Question:
     ref_logp: list[float] = dataclasses.field(default_factory=list)
 
 
-def load_questions(tokenizer, args, name: str, split: str, pairs_too: bool = False) -> list[Question]:
+def load_groups(tokenizer, args, name: str, split: str, pairs_too: bool = False) -> list[Group]:
     """Prompts with two or more scored responses; with `pairs_too` also `chosen, rejected`, which score 1 and -1."""
-    questions, single = [], 0
+    groups, single = [], 0
     for row, where in load_rows(name, split, "graded", args.seed):
         if pairs_too and "chosen" in row and "rejected" in row:
             responses = [{"text": row["chosen"], "score": 1.0}, {"text": row["rejected"], "score": -1.0}]
@@ -182,7 +182,7 @@ def load_questions(tokenizer, args, name: str, split: str, pairs_too: bool = Fal
             responses = row["responses"][: getattr(args, "n", 0) or None]
         else:
             stop(f"{where}: no field responses: graded rows are needed, `python sample.py` writes them")
-        found = Question(row["prompt"], [], [])
+        found = Group(row["prompt"], [], [])
         for response in responses:
             score = response.get("score")
             if not isinstance(score, (int, float)) or not math.isfinite(score):
@@ -195,13 +195,13 @@ def load_questions(tokenizer, args, name: str, split: str, pairs_too: bool = Fal
                 found.rewards.append(float(score))
         single += len(found.rows) == 1
         if len(found.rows) > 1:
-            questions.append(found)
-    if not questions:
+            groups.append(found)
+    if not groups:
         stop(f"{name} ({split}) has no prompt with two responses or more to compare ({single} with one): "
              "draw more with `python sample.py --n 8`")  # fmt: skip
     if single:
         print(f"{single} prompts with one response are left out: there is nothing to compare it with")
-    return questions
+    return groups
 
 
 def sequence_logps(policy, rows, pad_token_id: int, size: int, rank: int, world: int, device) -> list[float]:
@@ -221,8 +221,8 @@ def sequence_logps(policy, rows, pad_token_id: int, size: int, rank: int, world:
     return found
 
 
-def add_reference(questions, engine, run, tokenizer, args, rank: int, world: int, device):
-    """Gives every question the reference's log-probs: of the policy before its first step, or of --reference, which is
+def add_reference(groups, engine, run, tokenizer, args, rank: int, world: int, device):
+    """Gives every group the reference's log-probs: of the policy before its first step, or of --reference, which is
     loaded for this alone. Kept in the run folder for --resume."""
     path = run.folder / "ref_logp.json"
     if not (args.resume and path.is_file()):
@@ -231,16 +231,16 @@ def add_reference(questions, engine, run, tokenizer, args, rank: int, world: int
         if args.reference and args.reference != args.policy:
             reference = load_model("causal", args.reference, tokenizer, args, frozen=True)
             policy = Policy(reference, torch.float32).to(device)
-        rows = [row for question in questions for row in question.rows]
-        size = args.micro_batch_size * max(len(question.rows) for question in questions)
+        rows = [row for group in groups for row in group.rows]
+        size = args.micro_batch_size * max(len(group.rows) for group in groups)
         logps = sequence_logps(policy, rows, tokenizer.pad_token_id, size, rank, world, device)
         if rank == 0:
             path.write_text(json.dumps(logps))
     else:
         logps = json.loads(path.read_text())
     logps = iter(logps)
-    for question in questions:
-        question.ref_logp = [next(logps) for _ in question.rows]
+    for group in groups:
+        group.ref_logp = [next(logps) for _ in group.rows]
 
 
 def padded(lists, device, fill: float = 0.0):
@@ -250,16 +250,16 @@ def padded(lists, device, fill: float = 0.0):
 
 
 def policy_logps(engine, micro, tokenizer, device):
-    """logp (B, n) of a micro-batch of questions, differentiable, its mask (B, n), and the questions. A row that only
+    """logp (B, n) of a micro-batch of groups, differentiable, its mask (B, n), and the groups. A row that only
     fills the batch up has an empty mask."""
-    questions = [question for *_, question in micro]
-    counts = torch.tensor([len(question.rows) for question in questions])
+    groups = [group for *_, group in micro]
+    counts = torch.tensor([len(group.rows) for group in groups])
     real = torch.tensor([bool(longest) for _, longest, _ in micro])
     where = torch.arange(int(counts.max())) < counts[:, None]
-    batch = collate([row for question in questions for row in question.rows], tokenizer.pad_token_id)
+    batch = collate([row for group in groups for row in group.rows], tokenizer.pad_token_id)
     logp = engine(batch.to(device)).sum(1)
     logp = logp.new_zeros(where.numel()).index_copy(0, where.flatten().nonzero()[:, 0].to(device), logp)
-    return logp.view(where.shape), (where & real[:, None]).to(device), questions
+    return logp.view(where.shape), (where & real[:, None]).to(device), groups
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -272,24 +272,24 @@ def train(args: Args) -> Path:
     tokenizer = load_tokenizer(args.policy, args)
     if args.data == Args.data and not Path(args.data).is_file():
         stop(f"{args.data} does not exist: run `python sample.py` first, or name other graded rows with --data")
-    questions = load_questions(tokenizer, args, args.data, args.split)
+    groups = load_groups(tokenizer, args, args.data, args.split)
     torch.manual_seed(args.seed)
     model = load_model("causal", args.policy, tokenizer, args)
     model = add_lora(model, args) if args.lora_r else model
     policy = Policy(model, torch.float32).to(device)
 
-    per_epoch = math.ceil(len(questions) / args.batch_size)
+    per_epoch = math.ceil(len(groups) / args.batch_size)
     total = args.steps or args.epochs * per_epoch
     engine = Engine(policy, args, world)
     run = Run(args, engine, rank, total, started, bar=("loss", "misaligned"))
-    add_reference(questions, engine, run, tokenizer, args, rank, world, device)
+    add_reference(groups, engine, run, tokenizer, args, rank, world, device)
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
     for step in range(run.step, total):
-        order = shuffled(len(questions), args.seed, step // per_epoch)
+        order = shuffled(len(groups), args.seed, step // per_epoch)
         at = (step % per_epoch) * args.batch_size
-        chosen = [questions[i] for i in order[at : at + args.batch_size]]
+        chosen = [groups[i] for i in order[at : at + args.batch_size]]
         batch = [([], [0] * sum(len(r) for _, r in q.rows), q) for q in chosen]
         sums = torch.zeros(7, device=device)
         engine.set_rate(args.learning_rate * schedule(step, total, args.warmup_steps, "linear"))
