@@ -48,6 +48,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from kernels import linear_logprob, linear_nll
 
@@ -444,15 +445,17 @@ class TextReward:
             return
         missing(name, "python rm.py")
         self.decoder = is_decoder(name, args)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        kinds = config.architectures or ()
+        if config.num_labels != 1 or not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            stop(f"{name} is not a reward model with one score: train one with `python rm.py`, or name another")
         self.tokenizer = load_tokenizer(name, args, chat=self.decoder)
         model = load_model("reward", name, self.tokenizer, args, frozen=True)
-        if model.config.num_labels != 1 or not model.config.architectures[0].endswith("ForSequenceClassification"):
-            stop(f"{name} is not a reward model with one score: train one with `python rm.py`, or name another")
-        self.mean, self.std = (getattr(model.config, f"reward_{x}", y) for x, y in (("mean", 0.0), ("std", 1.0)))
+        self.mean, self.std = (getattr(config, f"reward_{x}", y) for x, y in (("mean", 0.0), ("std", 1.0)))
         self.model = RewardModel(model, self.decoder).to(device)
         self.bf16 = args.bf16
         # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
-        limit = getattr(model.config, "max_position_embeddings", None) or 10**9
+        limit = getattr(config, "max_position_embeddings", None) or 10**9
         self.limits = SimpleNamespace(
             max_prompt_tokens=limit, max_response_tokens=limit, drop_long_prompts=args.drop_long_prompts
         )

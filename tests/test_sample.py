@@ -1,0 +1,306 @@
+"""sample.py: exact and keyed noise, scores by text, a file that no kill, batch size or number of ranks changes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sample
+import sft
+import toy
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tiny policy that ends its responses often, and reward models with one label and with two."""
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("home")
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    policy = LlamaForCausalLM(toy.config(**small))
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(8)
+    for name, model in (
+        ("policy", policy),
+        ("rm", LlamaForSequenceClassification(toy.config(num_labels=1, **small))),
+        ("two", LlamaForSequenceClassification(toy.config(num_labels=2, **small))),
+    ):
+        model.save_pretrained(folder / name)
+        toy.tokenizer().save_pretrained(folder / name)
+    prompts = [{"prompt": p} for p in toy.prompts("rl")[:7]]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    return folder
+
+
+def settings(home, out, **options):
+    given = {"policy": str(home / "policy"), "reward_model": str(home / "rm"), "data": str(home / "prompts.jsonl"),
+             "output_dir": str(out), "n": 3, "batch_size": 6, "max_response_tokens": 10}  # fmt: skip
+    return sample.Args(**given | options)
+
+
+def run(home, out, **options):
+    return sample.train(settings(home, out, **options))
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------------------- noise
+def splitmix64(x):
+    """The finaliser in plain integers."""
+    x &= 2**64 - 1
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def test_keyed_gumbel_equals_plain_integers():
+    keys = torch.tensor([0, -5, 2**62 + 12345], dtype=torch.int64)
+    golden = 0x9E3779B97F4A7C15
+    for position in (1, 2, 10**6):
+        found = sample.keyed_gumbel(keys, position, 50)
+        for b, key in enumerate(keys.tolist()):
+            row = splitmix64(splitmix64(key) + position * golden)
+            for j in (0, 1, 49):
+                u = (splitmix64(row + (j + 1) * golden) % 2**53 + 0.5) / 2**53
+                assert found[b, j].item() == pytest.approx(-math.log(-math.log1p(-u)), rel=1e-5, abs=1e-6)
+
+
+def test_noise_is_gumbel_and_its_argmax_an_exact_sample():
+    noise = sample.keyed_gumbel(torch.arange(20_000), 1, 8).double()
+    euler = 0.5772156649
+    assert noise.mean().item() == pytest.approx(euler, abs=0.01) and noise.var().item() == pytest.approx(
+        math.pi**2 / 6, rel=0.02
+    )
+    p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.03, 0.01, 0.008, 0.002], dtype=torch.float64)
+    share = torch.bincount((noise + p.log()).argmax(1), minlength=8) / 20_000
+    assert ((share - p).abs() < 4.5 * (p * (1 - p) / 20_000).sqrt()).all()
+    # neighbouring keys, positions and indices know nothing of each other
+    later = sample.keyed_gumbel(torch.arange(20_000), 2, 8).double()
+    for a, b in ((noise[:-1, 0], noise[1:, 0]), (noise[:, 0], noise[:, 1]), (noise[:, 0], later[:, 0])):
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.03
+
+
+def test_top_p_and_temperature():
+    args = sample.Args(top_p=0.75, temperature=0.5)
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(4000, 4)
+    noise = sample.KeyedNoise(list(range(4000)), args, "cpu")
+    share = torch.bincount(noise(None, logits).argmax(1), minlength=4) / 4000
+    p = torch.tensor([0.16, 0.09, 0.04, 0.01]) / 0.30  # at temperature 1/2: squares; the first two hold 0.83
+    want = torch.tensor([p[0], p[1], 0, 0]) / (p[0] + p[1])
+    assert share[2:].sum() == 0 and (share - want).abs().max() < 0.03
+
+
+# ------------------------------------------------------------------------------------------------------------------ file
+def test_rows(home, tmp_path):
+    path = run(home, tmp_path / "a")
+    found = rows(path)
+    assert [row["prompt"] for row in found] == toy.prompts("rl")[:7]
+    for row in found:
+        assert set(row) == {"prompt", "responses"} and len(row["responses"]) == 3
+        assert all(set(r) == {"text", "score", "policy"} and math.isfinite(r["score"]) for r in row["responses"])
+        assert len({r["text"] for r in row["responses"]}) > 1
+    assert run(home, tmp_path / "b").read_bytes() == path.read_bytes()
+    assert run(home, tmp_path / "c", seed=1).read_bytes() != path.read_bytes()
+    texts = lambda path: [[r["text"] for r in row["responses"]] for row in rows(path)]
+    assert texts(run(home, tmp_path / "d", batch_size=100)) == texts(path)  # of another batch size: the same texts
+
+
+def test_a_prompt_that_comes_again_is_answered_anew(home, tmp_path):
+    data = str(home / "prompts.jsonl")
+    once, twice = rows(run(home, tmp_path / "a")), rows(run(home, tmp_path / "b", data=f"{data},{data}"))
+    assert twice[:7] == once and [r["prompt"] for r in twice[7:]] == [r["prompt"] for r in once]
+    assert all(a["responses"] != b["responses"] for a, b in zip(once, twice[7:], strict=True))
+
+
+def test_scores_are_those_of_the_stock_reward_model(home, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(home / "rm"), toy.tokenizer()
+    args = settings(home, tmp_path / "a")
+    rewards = sample.TextReward(str(home / "rm"), args, torch.device("cpu"))
+    prompts, texts = toy.prompts("rl")[:3], ["it is good .", "no", "the soup is very nice and it is fine ."]
+    found = rewards(prompts, texts, [True, True, False])
+    for prompt, text, end, score in zip(prompts, texts, (True, True, False), found, strict=True):
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        ids = chat + tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * end
+        assert model(torch.tensor([ids])).logits.item() == pytest.approx(score, abs=1e-5)
+
+
+def test_greedy_is_generates_own(home, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(home / "policy"), toy.tokenizer()
+    found = rows(run(home, tmp_path / "a", greedy=True, n=1))
+    for row in found:
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=False,
+        )
+        out = model.generate(
+            chat, attention_mask=torch.ones_like(chat), do_sample=False, max_new_tokens=10, pad_token_id=0
+        )[0, chat.shape[1] :]
+        assert row["responses"][0]["text"] == tokenizer.decode(out, skip_special_tokens=True)
+
+
+def test_best_of(home, tmp_path):
+    """Of each k draws the best: the same draws as those of a plain run of n k."""
+    all_six = rows(run(home, tmp_path / "a", n=6))
+    best = rows(run(home, tmp_path / "b", n=2, best_of=3))
+    for six, two in zip(all_six, best, strict=True):
+        scores = [r["score"] for r in six["responses"]]
+        assert [r["score"] for r in two["responses"]] == [max(scores[:3]), max(scores[3:])]
+
+
+def test_gold(tmp_path, home):
+    found = rows(
+        run(home, tmp_path / "a", data="toy", split="heldout[:5]", reward_model="gold", max_response_tokens=40)
+    )
+    assert [row["prompt"] for row in found] == toy.prompts("heldout")[:5]
+    for row in found:
+        for r in row["responses"]:
+            cut = r["score"] == toy.MALFORMED  # a response without EOS is malformed whatever its text
+            assert cut or r["score"] == pytest.approx(toy.gold(row["prompt"], r["text"]), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- resume
+def test_resume_after_a_cut_file_is_the_same_file(home, tmp_path):
+    """Rows of a whole batch stay; of a batch in part, or a line in part, all is drawn again."""
+    whole = run(home, tmp_path / "a")
+    lines = (tmp_path / "a/parts/rank_0.jsonl").read_text().splitlines(keepends=True)
+    for keep, tail in ((0, ""), (1, ""), (2, lines[2][:30]), (5, ""), (7, "")):
+        folder = tmp_path / f"b{keep}"
+        (folder / "parts").mkdir(parents=True)
+        (folder / "args.json").write_text((tmp_path / "a/args.json").read_text().replace("/a", f"/b{keep}"))
+        (folder / "parts/rank_0.jsonl").write_text("".join(lines[:keep]) + tail)
+        assert run(home, folder, resume=True).read_bytes() == whole.read_bytes()
+
+
+def test_killed_and_resumed(home, tmp_path):
+    """SIGKILL at some moment, from the command line."""
+    flags = {"policy": home / "policy", "reward_model": home / "rm", "n": 4, "batch_size": 4, "max_response_tokens": 40}
+    command = [sys.executable, str(ROOT / "sample.py"), *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = subprocess.run([*command, "--output_dir", "whole"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-1000:]
+    process = subprocess.Popen(
+        [*command, "--output_dir", "part"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    part = tmp_path / "part/parts/rank_0.jsonl"
+    for _ in range(3000):
+        if part.exists() and part.read_text().count("\n") > 20:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "part/graded.jsonl").exists() and 20 < part.read_text().count("\n") < 128
+    again = subprocess.run(
+        [*command, "--output_dir", "part", "--resume"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr[-1000:]
+    assert (tmp_path / "part/graded.jsonl").read_bytes() == (tmp_path / "whole/graded.jsonl").read_bytes()
+    flags = [*command, "--output_dir", "part", "--resume", "--seed", "3"]
+    other = subprocess.run(flags, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert other.returncode == 2 and "--seed was 0" in other.stderr
+
+
+def test_ranks_share_the_prompts(home, tmp_path):
+    """Two ranks' parts are one rank's file."""
+    whole, folder = run(home, tmp_path / "a"), tmp_path / "b"
+    (folder / "parts").mkdir(parents=True)
+    lines = (tmp_path / "a/parts/rank_0.jsonl").read_text().splitlines(keepends=True)
+    batches = [lines[i : i + 2] for i in range(0, 7, 2)]
+    for rank in (0, 1):
+        (folder / f"parts/rank_{rank}.jsonl").write_text("".join(x for b in batches[rank::2] for x in b))
+    (folder / "args.json").write_text((tmp_path / "a/args.json").read_text().replace("/a", "/b"))
+    assert run(home, folder, resume=True).read_bytes() == whole.read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------------------- engines
+def test_generate_batch_greedy_is_generate(home, tmp_path):
+    texts = lambda path: [[r["text"] for r in row["responses"]] for row in rows(path)]
+    options = {"greedy": True, "n": 1, "batch_size": 4}
+    assert texts(run(home, tmp_path / "a", **options)) == texts(
+        run(home, tmp_path / "b", engine="generate_batch", **options)
+    )
+
+
+def test_generate_batch_samples(home, tmp_path):
+    found = rows(run(home, tmp_path / "a", engine="generate_batch", n=4))
+    assert len(found) == 7 and all(len({r["text"] for r in row["responses"]}) > 1 for row in found)
+
+
+def test_vllm_is_asked_for_the_same(home, tmp_path, monkeypatch):
+    """A stand-in for the package, as it is not installed everywhere: what it is given, and what is made of its answers."""
+    calls = []
+
+    class LLM:
+        def __init__(self, model, **options):
+            calls.append((model, options))
+
+        def generate(self, prompts, params, use_tqdm):
+            calls.append((prompts, params))
+            ids = toy.tokenizer()("it is good .")["input_ids"] + [1]
+            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(ids))]) for _ in prompts]
+
+    fake = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    found = rows(run(home, tmp_path / "a", engine="vllm", n=2, temperature=0.7, top_p=0.9))
+    assert {r["text"] for row in found for r in row["responses"]} == {"it is good ."}
+    (model, options), *asked = calls
+    assert model == str(home / "policy") and options["max_model_len"] == 74
+    params = [p for _, some in asked for p in some]
+    assert len(params) == 14 == len({p["seed"] for p in params})
+    assert all(
+        (p["temperature"], p["top_p"], p["max_tokens"], p["stop_token_ids"]) == (0.7, 0.9, 10, [1]) for p in params
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- mistakes
+@pytest.mark.parametrize("options, message", [
+    ({"greedy": True}, "--n 1"),
+    ({"reward_model": "gold"}, "toy world only"),
+    ({"reward_model": "two"}, "not a reward model with one score"),
+    ({"reward_model": "policy"}, "not a reward model with one score"),
+    ({"reward_model": "runs/rm/final"}, "python rm.py"),
+    ({"policy": "runs/sft/final"}, "python sft.py"),
+    ({"engine": "vllm"}, "pip install vllm"),
+])  # fmt: skip
+def test_mistakes(home, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    if options.get("reward_model") in ("two", "policy"):
+        options = {"reward_model": str(home / options["reward_model"])}
+    with pytest.raises(SystemExit) as ended:
+        run(home, tmp_path / "o", **options)
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2 and message in shown and shown.count("error:") == 1
+
+
+def test_a_long_prompt_for_the_reward_model_is_told(home, tmp_path, capsys):
+    rewards = sample.TextReward(str(home / "rm"), settings(home, tmp_path), torch.device("cpu"))
+    with pytest.raises(SystemExit):
+        rewards(["soup " * 600], ["it is ."], [True])
+    assert "more than" in capsys.readouterr().err
+
+
+def test_sft_reads_what_it_writes(home, tmp_path):
+    path = run(home, tmp_path / "a")
+    assert len(sft.load_rows(str(path), "train", "graded")) == 7
