@@ -2,22 +2,30 @@
 PY = .venv/bin/python
 DEMO ?= runs/demo
 SEED ?= 0
+RUN = --seed $(SEED) --output_dir $(DEMO)
+SFT = $(DEMO)/sft/final
+SAMPLED = --policy $(SFT) --data $(DEMO)/sample/graded.jsonl
 
-demo: .venv/done  ## sft -> gvm -> dvpo (the paper's advantage and the best one) -> report, on a laptop
+demo: .venv/done  ## sft -> gvm -> dvpo, and sft -> rm -> samples -> vcb -> report, on a laptop
 	rm -rf $(DEMO)
-	$(PY) sft.py --seed $(SEED) --output_dir $(DEMO)/sft
-	$(PY) gvm.py --seed $(SEED) --output_dir $(DEMO)/gvm --model $(DEMO)/sft/final
-	$(PY) dvpo.py --seed $(SEED) --output_dir $(DEMO)/dvpo --policy $(DEMO)/sft/final --gvm $(DEMO)/gvm/final
-	$(PY) dvpo.py --seed $(SEED) --output_dir $(DEMO)/dvpo_q --policy $(DEMO)/sft/final --gvm $(DEMO)/gvm/final \
-		--advantage q
+	$(PY) sft.py $(RUN)/sft
+	$(PY) gvm.py $(RUN)/gvm --model $(SFT)
+	$(PY) dvpo.py $(RUN)/dvpo --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20
+	$(PY) rm.py $(RUN)/rm --model $(SFT)
+	$(PY) sample.py $(RUN)/sample --policy $(SFT) --reward_model $(DEMO)/rm/final --data toy,toy,toy --n 16
+	$(PY) vcb.py $(RUN)/vcb $(SAMPLED) --snapshot_every 24
 	$(PY) eval/demo.py $(DEMO)
 	$(PY) eval/report.py $(DEMO)
 
-demo-all: demo  ## and the reward model, a GVM without tau, and the third advantage
-	$(PY) rm.py --seed $(SEED) --output_dir $(DEMO)/rm --model $(DEMO)/sft/final
-	$(PY) gvm.py --seed $(SEED) --output_dir $(DEMO)/gvm_no_tau --model $(DEMO)/sft/final --tau_pairs 0
-	$(PY) dvpo.py --seed $(SEED) --output_dir $(DEMO)/dvpo_q_minus_v --policy $(DEMO)/sft/final --gvm $(DEMO)/gvm/final \
-		--advantage q_minus_v
+demo-all: demo  ## and the other advantages of DVPO, a GVM without tau, and every baseline
+	$(PY) dvpo.py $(RUN)/dvpo_q --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20 --advantage q
+	$(PY) dvpo.py $(RUN)/dvpo_q_minus_v --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20 --advantage q_minus_v
+	$(PY) gvm.py $(RUN)/gvm_no_tau --model $(SFT) --tau_pairs 0
+	$(PY) dpo.py $(RUN)/dpo $(SAMPLED) --snapshot_every 24 --loss dpo
+	$(PY) dpo.py $(RUN)/ipo $(SAMPLED) --snapshot_every 24 --loss ipo
+	$(PY) dpo.py $(RUN)/slic $(SAMPLED) --snapshot_every 24 --loss slic
+	$(PY) dpo.py $(RUN)/rrhf $(SAMPLED) --snapshot_every 24 --loss rrhf
+	$(PY) rest.py $(RUN)/rest $(SAMPLED) --snapshot_every 72
 	$(PY) eval/demo.py $(DEMO)
 	$(PY) eval/report.py $(DEMO)
 

@@ -3,7 +3,8 @@
     python eval/demo.py runs/demo
 
 Every policy found there (any run folder with a causal model) is sampled on the held-out prompts and graded by the gold
-reward, which no model was trained on. The GVM (`gvm`, and `gvm_no_tau` if there) is compared, token by token, with the exact
+reward, which no model was trained on, and by the reward model (`rm`, if there), the proxy that VCB and others learn from;
+snapshots of a policy in training give its line of reward against KL. The GVM (`gvm`, and `gvm_no_tau` if there) is compared, token by token, with the exact
 values of the policies that wrote held-out texts, given a trajectory of the right policy and one of another policy. Two
 yardsticks stand beside it: the best predictor that knows only the token's position, and the Bayes-optimal predictor that
 knows all policies exactly and infers from tau and prefix which one is writing.
@@ -22,65 +23,66 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dvpo
 import gvm
+import sample
 import toy
+from eval import calibration
 
 SAMPLES = 8  # responses per held-out prompt
+POINTS = 4  # responses per held-out prompt where there are snapshots: a point of the frontier
+BEST_OF = (1, 2, 4, 8)
 TEXTS = 60  # texts per policy for grading a GVM
 
 
-def interval(per_prompt) -> list[float]:
-    """95 % interval of the mean over prompts, by the normal approximation."""
-    half = 1.96 * np.std(per_prompt, ddof=1) / np.sqrt(len(per_prompt))
-    return [float(np.mean(per_prompt) - half), float(np.mean(per_prompt) + half)]
-
-
-class Wrapped:
-    """A loaded policy in the shape that dvpo's rollout and scoring expect of an engine."""
-
-    def __init__(self, folder, tokenizer, args):
-        self.module = dvpo.Policy(dvpo.load_model("causal", str(folder), tokenizer, args, frozen=True))
-        self.args, self.deepspeed = args, None
-
-    def autocast(self):
-        return torch.autocast("cpu", enabled=False)
-
-
-def sample(folder, tokenizer, args, seed: int):
-    """(policy, prompts, prompt ids, response ids): SAMPLES responses to each held-out prompt, at temperature 1."""
-    policy = Wrapped(folder, tokenizer, args)
-    prompts = [prompt for prompt in toy.prompts("heldout") for _ in range(SAMPLES)]
-    ids = [dvpo.encode(tokenizer, {"prompt": prompt}, None, prompt, args)[0] for prompt in prompts]
-    noise = dvpo.GumbelNoise(f"evaluation {seed}", 1.0, slice(None), len(ids), "cpu")
-    return policy, prompts, ids, dvpo.sample_responses(policy, ids, noise, tokenizer, args, torch.device("cpu"))
-
-
-def log_probs(policy, ids, responses, tokenizer):
-    """(B,) sums of log-probabilities of the responses."""
-    with torch.no_grad():
-        parts = [
-            policy.module(
-                dvpo.collate(list(zip(ids[at : at + 256], responses[at : at + 256])), tokenizer.pad_token_id)
-            ).sum(1)
-            for at in range(0, len(ids), 256)
-        ]
-    return torch.cat(parts).numpy().astype(float)
-
-
-def grade_policy(folder, reference, tokenizer, args, seed: int = 0) -> dict:
-    policy, prompts, ids, responses = sample(folder, tokenizer, args, seed)
-    texts = [
-        tokenizer.decode(r[:-1] if r[-1] == tokenizer.eos_token_id else r + [tokenizer.unk_token_id]) for r in responses
+def grade_policy(folder, reference, prompts, ids, rewards, args, seed: int, n: int = SAMPLES):
+    """(row of results, what calibration.measure drew): n responses to each held-out prompt."""
+    policy = calibration.Model(str(folder), reference.tokenizer, args, reference.device)
+    found, drawn = calibration.measure(policy, reference, prompts, ids, n, seed, rewards)
+    parsed = [
+        toy.parse(prompt, text if whole else f"{text} {toy.UNK}")
+        for prompt, text, whole in zip(drawn["prompt"], drawn["text"], drawn["complete"], strict=True)
     ]
-    golds = np.array([toy.gold(p, t) for p, t in zip(prompts, texts, strict=True)])
-    kl = log_probs(policy, ids, responses, tokenizer) - log_probs(reference, ids, responses, tokenizer)
-    per_prompt = golds.reshape(-1, SAMPLES).mean(1)
-    return {
-        "gold": {"mean": float(golds.mean()), "ci95": interval(per_prompt), "std": float(golds.std())},
-        "malformed": float(np.mean([toy.parse(p, t)[0] for p, t in zip(prompts, texts, strict=True)])),
-        "clauses": float(np.mean([toy.parse(p, t)[1] for p, t in zip(prompts, texts, strict=True)])),
-        "kl": float(kl.mean()),
-        "length": float(np.mean([len(r) for r in responses])),
+    row = {
+        "gold": found["reward"]["gold"],
+        "malformed": float(np.mean([bad for bad, _ in parsed])),
+        "clauses": float(np.mean([clauses for _, clauses in parsed])),
+        "kl": found["kl"]["k3"],
+        "length": found["length"]["mean"],
+        "length_quartiles": found["length"]["quartiles"],
+        "misaligned_gold": found["misaligned"]["gold"],
     }
+    if "proxy" in rewards:
+        mean, std = rewards["proxy"].mean, rewards["proxy"].std
+        row["proxy"] = {"mean": (found["reward"]["proxy"]["mean"] - mean) / std}  # in the RM's standardised units
+        row["misaligned"] = found["misaligned"]["proxy"]
+    return row, drawn
+
+
+def frontier(run: Path, reference, prompts, ids, rewards, args, seed: int) -> list[dict]:
+    """A point {step, kl, gold, proxy} for each snapshot of a run."""
+    points = []
+    for folder in sorted((run / "snapshots").glob("step_*[0-9]")):
+        row, _ = grade_policy(folder, reference, prompts, ids, rewards, args, seed, POINTS)
+        point = {"step": int(folder.name.split("_")[1]), "kl": row["kl"], "gold": row["gold"]["mean"]}
+        points.append(point | ({"proxy": row["proxy"]["mean"]} if "proxy" in row else {}))
+    return points
+
+
+def best_of_n(drawn, rewards) -> list[dict]:
+    """The same points for the best of n responses of the SFT policy by proxy reward, with the bound on its KL."""
+    proxy, gold = drawn["reward"]["proxy"], drawn["reward"]["gold"]
+    mean, std = rewards["proxy"].mean, rewards["proxy"].std
+    return [
+        {"n": row["n"], "kl": row["kl"], "proxy": (row["score"] - mean) / std, "gold": row["values"][0]}
+        for row in calibration.best_of_n(proxy, BEST_OF, gold)
+    ]
+
+
+def stages(name: str, settings: dict) -> list[str]:
+    """The runs that a run needs, itself last: a method's time includes training its teacher and sampling its data."""
+    needs = [Path(settings[name][flag]).parent.name for flag in ("gvm", "reward_model") if settings[name].get(flag)]
+    if str(settings[name].get("data", "")).endswith("graded.jsonl"):
+        needs = stages(Path(settings[name]["data"]).parent.name, settings)
+    return list(dict.fromkeys(["sft", *(x for x in needs if x in settings), name]))
 
 
 def value_texts(policies, seed: int):
@@ -154,23 +156,31 @@ def main(argv=None):
     if not (folder / "sft" / "final" / "config.json").is_file():
         gvm.stop(f"{folder} holds no demo: run `make demo` first")
     args = dvpo.Args(max_response_tokens=toy.MAX_RESPONSE_TOKENS, max_prompt_tokens=64)
-    tokenizer = toy.tokenizer()
+    tokenizer, device = toy.tokenizer(), torch.device("cpu")
     summary = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/summary.json")}
-    reference = Wrapped(folder / "sft" / "final", tokenizer, args)
-    seed = json.loads((folder / "sft" / "args.json").read_text())["seed"]
-    results = {"methods": {}}
+    settings = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/args.json")}
+    seed = settings["sft"]["seed"]
+    asked = calibration.Args(max_response_tokens=toy.MAX_RESPONSE_TOKENS)
+    prompts, ids = calibration.load_prompts(asked, tokenizer)
+    rewards = {"gold": sample.TextReward("gold", calibration.settings_of(asked), device)}
+    if (folder / "rm" / "final").is_dir():
+        proxy = sample.TextReward(str(folder / "rm" / "final"), calibration.settings_of(asked), device)
+        rewards["proxy"] = proxy
+    reference = calibration.Model(str(folder / "sft" / "final"), tokenizer, asked, device)
+    results = {"methods": {}, "frontier": {}}
     for run in sorted(folder.glob("*/final/config.json"), key=lambda p: p.stat().st_mtime):
         name, config = run.parent.parent.name, json.loads(run.read_text())
         if config["architectures"] != ["LlamaForCausalLM"] or "." in name:  # NAME.1 is an earlier run, moved aside
             continue
-        row = grade_policy(run.parent, reference, tokenizer, args, seed)
-        settings = json.loads((run.parent.parent / "args.json").read_text())
-        teachers = [Path(settings[flag]).parent.name for flag in ("gvm", "reward_model") if settings.get(flag)]
-        stages = dict.fromkeys(["sft", *teachers, name])  # a method's time includes training its teacher
-        row["seconds"] = round(sum(summary[stage]["seconds"] for stage in stages if stage in summary), 1)
-        row |= {"peak_memory_mb": summary.get(name, {}).get("peak_memory_mb"), "seed": settings["seed"]}
-        row |= {"steps": summary.get(name, {}).get("steps"), "advantage": settings.get("advantage")}
+        row, drawn = grade_policy(run.parent, reference, prompts, ids, rewards, asked, seed)
+        row["seconds"] = round(sum(summary[x]["seconds"] for x in stages(name, settings) if x in summary), 1)
+        row |= {"peak_memory_mb": summary.get(name, {}).get("peak_memory_mb"), "seed": settings[name]["seed"]}
+        row |= {"steps": summary.get(name, {}).get("steps"), "advantage": settings[name].get("advantage")}
         results["methods"][name] = row
+        if name == "sft" and "proxy" in rewards:
+            results["best_of_n"] = best_of_n(drawn, rewards)
+        elif points := frontier(run.parent.parent, reference, prompts, ids, rewards, asked, seed):
+            results["frontier"][name] = points
     results["seconds"] = {name: s["seconds"] for name, s in summary.items()}
     for name in ("gvm", "gvm_no_tau"):
         if (folder / name / "final").is_dir():
@@ -190,7 +200,8 @@ def main(argv=None):
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, row in results["methods"].items():
         low, high = row["gold"]["ci95"]
-        print(f"{name:14} gold {row['gold']['mean']:6.3f} [{low:.3f}, {high:.3f}]  malformed {row['malformed']:.1%}  "
+        wrong = "" if row.get("misaligned") is None else f"misaligned {row['misaligned']:.1%}  "
+        print(f"{name:14} gold {row['gold']['mean']:6.3f} [{low:.3f}, {high:.3f}]  malformed {row['malformed']:.1%}  {wrong}"
               f"KL {row['kl']:.2f}  tokens {row['length']:.1f}  {row['seconds']:.0f} s")  # fmt: skip
     if "yardsticks" in results.get("gvm", {}):
         for name in ("right_tau", "other_tau", "no_tau"):

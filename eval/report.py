@@ -2,8 +2,8 @@
 
     python eval/report.py runs/demo
 
-The page is self-contained (pictures are inline SVG). `learning_curve.png` and `token_values.png` are written beside it,
-for a README. Needs `results.json`, from `python eval/demo.py runs/demo`; whatever else is missing is left out. All
+The page is self-contained (pictures are inline SVG). `learning_curve.png`, `frontier.png` and `token_values.png` are
+written beside it, for a README. Needs `results.json`, from `python eval/demo.py runs/demo`; whatever else is missing is left out. All
 text of models and data is escaped: only a `Raw` string, built here, reaches the page as HTML.
 """
 
@@ -25,10 +25,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import dvpo
 import gvm
 import toy
-from eval import demo
+from eval import calibration, demo
 
 SAMPLES = 6  # held-out prompts whose responses are shown
 INK = "#010203"  # stands for the page's text colour in a picture: `svg` turns it into currentColor
@@ -243,6 +242,56 @@ def draw_curves(curves: dict, sft: float | None, ink: str) -> Figure:
     return figure
 
 
+def draw_frontier(frontier: dict, best_of_n: list, ink: str) -> Figure:
+    """Gold and proxy reward against KL: a line per method, a point per snapshot and the final policy, the last one ringed."""
+    figure = Figure((10, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, key, title in zip(axes, ("gold", "proxy"), ("gold reward", "proxy reward (the RM's), standardised")):
+        for i, (name, points) in enumerate(frontier.items()):
+            points = [point for point in points if key in point]
+            if not points:
+                continue
+            x, y, colour = [q["kl"] for q in points], [q[key] for q in points], COLOURS[i % 6]
+            axis.plot(x, y, color=colour, marker=MARKERS[i % 7], markersize=4.5, linewidth=1.5, label=name,
+                      linestyle="-" if i < 6 else (0, (4, 2)))  # fmt: skip
+            axis.plot(x[-1:], y[-1:], "o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
+        if best_of_n:
+            x, y = [row["kl"] for row in best_of_n], [row[key] for row in best_of_n]
+            label = f"best of n = {', '.join(str(row['n']) for row in best_of_n)} (bound)"
+            axis.plot(x, y, color=ink, linestyle=":", marker=".", linewidth=1.6, label=label)
+        axis.set_title(title, fontsize=11), axis.set_xlabel("KL to the SFT policy, nats per response")
+        axis.grid(color=ink, alpha=0.13, linewidth=0.7), axis.tick_params(length=3, width=0.7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, max(1, len(labels))))
+    return figure
+
+
+def frontier_lines(results: dict) -> dict:
+    """Method -> its points from the SFT policy to the final one."""
+    point = lambda row: (
+        {"kl": row["kl"], "gold": row["gold"]["mean"]} | ({"proxy": row["proxy"]["mean"]} if "proxy" in row else {})
+    )
+    methods = results["methods"]
+    start = [point(methods["sft"])] if "sft" in methods else []
+    return {
+        name: [*start, *[q for q in points if q["step"] != methods[name].get("steps")], point(methods[name])]
+        for name, points in results["frontier"].items()
+        if name in methods
+    }
+
+
+def over_optimised(frontier: dict) -> list[tuple[str, float, float]]:
+    """(method, fall of gold, rise of proxy) from the point of highest gold to the last one, where proxy went on rising and
+    gold fell by more than 0.05."""
+    found = []
+    for name, points in frontier.items():
+        if all("proxy" in point for point in points):
+            best, last = max(points, key=lambda point: point["gold"]), points[-1]
+            if best["gold"] - last["gold"] > 0.05 and last["proxy"] > best["proxy"]:
+                found.append((name, best["gold"] - last["gold"], last["proxy"] - best["proxy"]))
+    return found
+
+
 def draw_tokens(pairs: list[dict], limit: float, ink: str) -> Figure:
     """`token_boxes` of all pairs as one picture."""
     widest = max(len(line["words"]) for pair in pairs for line in pair["lines"]) + 2
@@ -313,15 +362,12 @@ def token_pairs(folder: Path, tokenizer) -> list[dict]:
 
 def samples(folder: Path, tokenizer) -> list[tuple[str, str, float]]:
     """(prompt, response, gold): one response, at temperature 1, to each of the first held-out prompts."""
-    args = dvpo.Args(max_response_tokens=toy.MAX_RESPONSE_TOKENS)
-    prompts = toy.prompts("heldout")[:SAMPLES]
-    ids = [dvpo.encode(tokenizer, {"prompt": prompt}, None, prompt, args)[0] for prompt in prompts]
-    noise = dvpo.GumbelNoise("report", 1.0, slice(None), len(ids), "cpu")
-    policy = demo.Wrapped(folder, tokenizer, args)
-    found = dvpo.sample_responses(policy, ids, noise, tokenizer, args, torch.device("cpu"))
-    # a response that was cut ends in <unk>, and so counts as malformed
-    whole = [r[:-1] if r[-1] == tokenizer.eos_token_id else r + [tokenizer.unk_token_id] for r in found]
-    texts = [tokenizer.decode(r) for r in whole]
+    args = calibration.Args(max_response_tokens=toy.MAX_RESPONSE_TOKENS, split=f"heldout[:{SAMPLES}]")
+    prompts, ids = calibration.load_prompts(args, tokenizer)
+    policy = calibration.Model(str(folder), tokenizer, args, torch.device("cpu"))
+    texts, complete = calibration.texts_of(policy.answers(prompts, ids, 1, 0, SAMPLES), policy.ends, tokenizer)
+    # a response that was cut counts as malformed
+    texts = [text if whole else f"{text} {toy.UNK}" for text, whole in zip(texts, complete, strict=True)]
     return [(prompt, text, toy.gold(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)]
 
 
@@ -356,24 +402,49 @@ def methods_section(methods: dict) -> Raw:
     pad = 0.05 * (max(ends) - min(ends)) + 0.02
     domain = (min(ends) - pad, max(ends) + pad)
     best = max(methods, key=lambda name: methods[name]["gold"]["mean"])
+    proxy = all("proxy" in row for row in methods.values())
     rows = []
     for name, row in methods.items():
         gold, (low, high) = row["gold"], row["gold"]["ci95"]
         rows.append([
             Raw(f"<b>{esc(name)}</b>") if name == best else name,
             num(gold["mean"]), f"[{num(low)}, {num(high)}]", dot_interval(gold["mean"], low, high, domain),
-            percent(row["malformed"]), num(row["kl"]), num(row["length"], 1), num(row["clauses"]),
-            f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}",
+            percent(row["malformed"]), num(row["kl"]),
+            *([num(row["proxy"]["mean"]), "–" if row.get("misaligned") is None else percent(row["misaligned"])] if proxy else []),
+            num(row["length"], 1), num(row["clauses"]), f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}",
         ])  # fmt: skip
     axis = Raw(f'<span class="ends"><span>{num(domain[0])}</span><span>{num(domain[1])}</span></span>')
-    head = ("run", "gold", "95 % interval", axis, "malformed", "KL", "tokens", "clauses", "seconds", "peak MB")
+    head = ["run", "gold", "95 % interval", axis, "malformed", "KL", *(["proxy", "misaligned"] if proxy else []),
+            "tokens", "clauses", "seconds", "peak MB"]  # fmt: skip
     return section(
         "methods", "Methods", table(head, rows, "numbers methods"),
         p(f"{demo.SAMPLES} responses at temperature 1 to each of {len(toy.prompts('heldout'))} held-out prompts. The "
           "interval is over prompts: it does not contain the spread between training seeds. KL: nats per response, to "
-          "the SFT policy. Tokens count EOS. Seconds: all stages that the run needs; MB: peak memory of its own "
-          "stage. Bold: the highest gold reward.", "note"),
+          "the SFT policy. " + ("Proxy: the reward model's score, standardised, which is all that methods other than DVPO "
+          "see of reward; misaligned: pairs of a prompt's responses whose log-ratios to SFT are not in the proxy's "
+          "order. " if proxy else "") + "Tokens count EOS. Seconds: all stages that the run needs; MB: peak memory of its "
+          "own stage. Bold: the highest gold reward.", "note"),
     )  # fmt: skip
+
+
+def frontier_section(frontier: dict, best_of_n: list) -> Raw:
+    picture = svg(draw_frontier, frontier, best_of_n, label="gold and proxy reward against KL, a line for each method")
+    caption = (
+        "Each method from the SFT policy (KL 0) over its snapshots to its final policy (ringed), on held-out prompts. "
+        "Dotted: the best of n responses of the SFT policy by proxy reward, at the upper bound of its KL."
+    )
+    parts = [Raw(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")]
+    if any("proxy" in point for points in frontier.values() for point in points):
+        found = over_optimised(frontier)
+        text = (
+            "Over-optimisation of the proxy, a higher reward from the model and a lower true one, is seen in "
+            + "; ".join(f"{name} (gold {num(-fall)}, proxy {num(rise, 2, True)} since its best point)" for name, fall, rise in found)
+            + "."
+            if found
+            else "No method over-optimised the proxy within its run: gold reward did not fall while the proxy rose."
+        )  # fmt: skip
+        parts.append(p(text))
+    return section("frontier", "Reward against KL", *parts)
 
 
 def gvm_section(results: dict) -> Raw:
@@ -491,7 +562,7 @@ CSS = """
 :root{--bg:#15181b;--fg:#e3e5e7;--soft:#9aa2aa;--line:#33393f;--panel:#1d2125;--accent:#6db3ea}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1000px;margin:0 auto;padding:3.5rem 1.25rem 4rem}
+main{max-width:1080px;margin:0 auto;padding:3.5rem 1.25rem 4rem}
 h1{font-size:1.95rem;line-height:1.2;font-weight:650;letter-spacing:-.015em;margin:0 0 1rem}
 h2{font-size:1.35rem;font-weight:650;margin:3.5rem 0 .8rem;padding-top:1.1rem;border-top:1px solid var(--line)}
 h3{font-size:1.05rem;font-weight:650;margin:0 0 .1rem}
@@ -574,6 +645,10 @@ def report(folder: Path) -> Path:
         png(draw_curves, curves, sft, path=folder / "learning_curve.png")
     if methods:
         parts.append(methods_section(methods))
+    if results.get("frontier"):
+        lines = frontier_lines(results)
+        parts.append(frontier_section(lines, results.get("best_of_n", [])))
+        png(draw_frontier, lines, results.get("best_of_n", []), path=folder / "frontier.png")
     if "gvm" in results:
         parts.append(gvm_section(results))
     if (folder / "gvm" / "final" / "config.json").is_file():
