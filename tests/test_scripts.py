@@ -16,15 +16,21 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dpo
 import dvpo
 import gvm
+import rest
 import rm
+import sample
 import sft
 import toy
+import vcb
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo}
-KIND = {"sft": "CausalLM", "rm": "SequenceClassification", "gvm": "TokenClassification", "dvpo": "CausalLM"}
+FIRST = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo}  # what they start from is toy's own, or one model away
+TRAINERS = FIRST | {"vcb": vcb, "dpo": dpo, "rest": rest}
+SCRIPTS = TRAINERS | {"sample": sample}
+KIND = {"rm": "SequenceClassification", "gvm": "TokenClassification"}
 
 
 def command(script, *flags, folder):
@@ -40,21 +46,36 @@ FLAGS = {
     "rm": "--steps 3 --batch_size 4 --split train[:60]",
     "gvm": "--steps 3 --batch_size 4 --split train[:60]",
     "dvpo": "--steps 2 --rollout_batch_size 8 --batch_size 4 --max_response_tokens 12",
+    "sample": "--n 4 --split train[:6] --max_response_tokens 12",
+    "vcb": "--steps 2 --batch_size 2",
+    "dpo": "--steps 2 --batch_size 2",
+    "rest": "--steps 2 --batch_size 2",
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The four scripts one after the other, each finding what it starts from by its own defaults."""
+    """All scripts one after the other, each finding what it starts from by its own defaults."""
     folder = tmp_path_factory.mktemp("runs")
-    return folder / "runs", {script: command(script, *FLAGS[script].split(), folder=folder) for script in SCRIPTS}
+    return folder / "runs", {script: command(script, *FLAGS[script].split(), folder=folder) for script in FLAGS}
 
 
 def finite(value):
     return value is None or isinstance(value, str) or math.isfinite(value)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def test_sampling_from_the_command_line(runs):
+    folder, done = runs[0] / "sample", runs[1]["sample"]
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (folder / "graded.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == toy.prompts("rl")[:6] and all(len(row["responses"]) == 4 for row in rows)
+    assert (
+        "runs/sample/graded.jsonl" in done.stdout
+        and json.loads((folder / "summary.json").read_text())["responses"] == 24
+    )
+
+
+@pytest.mark.parametrize("script", TRAINERS)
 def test_a_run_from_the_command_line(runs, script):
     import transformers
 
@@ -72,12 +93,12 @@ def test_a_run_from_the_command_line(runs, script):
     assert (folder / "samples.jsonl").exists() == (script == "dvpo")
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "final")
-    auto = getattr(transformers, f"AutoModelFor{KIND[script]}")
+    auto = getattr(transformers, f"AutoModelFor{KIND.get(script, 'CausalLM')}")
     model, loading = auto.from_pretrained(folder / "final", output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     chat = [{"role": "user", "content": toy.prompts("heldout")[0]}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    width = model.config.vocab_size if KIND[script] == "CausalLM" else 1
+    width = model.config.vocab_size if script not in KIND else 1
     with torch.no_grad():
         logits = model(ids).logits
     assert logits.shape[-1] == width and logits.isfinite().all() and float(logits.std() if width > 1 else 1) > 0
@@ -111,7 +132,7 @@ def parsed(monkeypatch, script, *argv):
     return found[0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TRAINERS)
 def test_presets(monkeypatch, script):
     module = SCRIPTS[script]
     assert parsed(monkeypatch, script) == module.Args()
@@ -124,7 +145,9 @@ def test_presets(monkeypatch, script):
             word
             for field, value in dataclasses.asdict(preset).items()
             for word in (
-                [f"--{field}" if value else f"--no_{field}"] if isinstance(value, bool) else [f"--{field}", str(value)]
+                [f"--{field}" if value else f"--no_{field}"]
+                if isinstance(value, bool)
+                else [f"--{field}", *map(str, value if isinstance(value, tuple) else [value])]
             )
         ]
         assert parsed(monkeypatch, script, *flags) == preset
@@ -193,7 +216,7 @@ def told(capfd, monkeypatch, tmp_path):
     return lambda script, *argv: mistake(capfd, monkeypatch, tmp_path, script, *argv)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TRAINERS)
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -275,13 +298,13 @@ def test_a_file_that_cannot_be_read(told, home, tmp_path, name, content, says):
     assert str(tmp_path / name) in error and says in error
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_a_prompt_that_is_too_long(told, home, script):
     error = told(script, *start(home, script), "--max_prompt_tokens", "3")
     assert all(part in error for part in ("toy row 1:", "prompt", "--max_prompt_tokens 3", "--drop_long_prompts"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_a_model_without_a_chat_template(told, home, script):
     error = told(script, "--policy" if script == "dvpo" else "--model", str(home / "no_template"),
                  *(["--gvm", str(home / "gvm")] if script == "dvpo" else []))  # fmt: skip
