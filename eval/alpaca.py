@@ -1,12 +1,13 @@
-"""AlpacaEval 2: writes a policy's outputs as the `alpaca-eval` package reads them, and runs that package if it is installed.
+"""AlpacaEval 2: writes a policy's outputs as the `alpaca-eval` package reads them, and runs that package if it is
+installed.
 
     python eval/alpaca.py --samples runs/dvpo/final --prompts alpaca_eval.jsonl --name dvpo
     python eval/alpaca.py --samples answers.jsonl --name dvpo
 
-The length-controlled win rate (Dubois et al. 2024) is the package's business: it fits, over all 805 prompts, how the judge's
-preference depends on length, and needs the judge's log-probs. It wants $OPENAI_API_KEY and asks a paid judge 805 times.
-Without the package (`pip install alpaca-eval`; it is not among the requirements) the command to run is printed.
-"""
+The length-controlled win rate (Dubois et al. 2024) is the package's business: it fits, over all 805 prompts, how the
+judge's preference depends on length, and needs the judge's log-probs. It wants $OPENAI_API_KEY and asks a paid judge
+805 times. Without the package (`pip install alpaca-eval`; it is not among the requirements) the command to run is
+printed."""
 
 from __future__ import annotations
 

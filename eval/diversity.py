@@ -1,16 +1,17 @@
-"""How different the responses to one prompt are: EAD and Self-BLEU, over 8 samples a prompt (VCB, appendix A.8, table 7).
+"""How different the responses to one prompt are: EAD and Self-BLEU, over 8 samples a prompt (VCB, appendix A.8, table
+7).
 
     python eval/diversity.py --samples runs/sft/final runs/dvpo/final --prompts toy
     python eval/diversity.py --samples sft.jsonl vcb.jsonl --tokenizer NAME
 
-    EAD = N / (V (1 - ((V - 1) / V)^C))    N distinct of C tokens in a prompt's samples together; V tokens in the vocabulary
+    EAD = N / (V (1 - ((V - 1) / V)^C))    N distinct of C tokens in a prompt's samples together, V in the vocabulary
                                            (Liu et al. 2022): 1 is what V equally likely tokens would give    `ead`
     Self-BLEU-n = mean over a prompt's samples of BLEU-n with the other samples as references
-                                           (Zhu et al. 2018): 1 when all are alike                            `self_bleu`
+                                           (Zhu et al. 2018): 1 when all are alike                         `self_bleu`
 
 Both are averaged over prompts. More diverse is a higher EAD and a lower Self-BLEU. V must be the same for all that is
-compared, so all files are measured in one go. Tokens of EAD are those of --tokenizer; without one they are sacrebleu's words,
-and V is the number of different words in all the files.
+compared, so all files are measured in one go. Tokens of EAD are those of --tokenizer; without one they are
+sacrebleu's words, and V is the number of different words in all the files.
 """
 
 from __future__ import annotations
@@ -43,15 +44,16 @@ class Args(eval_samples.Sampling):
 
 
 def ead(token_lists: list[list], vocabulary: int) -> float:
-    """Expectation-adjusted distinct tokens of one prompt's samples: the share N / E[N] of what random tokens would give."""
+    """Expectation-adjusted distinct tokens of one prompt's samples: N / E[N], to what random tokens would give."""
     tokens = [token for tokens in token_lists for token in tokens]
     expected = vocabulary * (1 - ((vocabulary - 1) / vocabulary) ** len(tokens))
     return len(set(tokens)) / expected if tokens else 0.0
 
 
 def self_bleu(texts: list[str], n: int) -> float:
-    """Mean BLEU-n, from 0 to 1, of each text against the others: uniform weights on 1- to n-grams, clipped counts, brevity
-    penalty by the nearest length. An n-gram order that a text is too short for is left out; one without a match is smoothed."""
+    """Mean BLEU-n, from 0 to 1, of each text against the others: uniform weights on 1- to n-grams, clipped counts,
+    brevity penalty by the nearest length. An order of n-grams that a text is too short for is left out; one without a
+    match is smoothed."""
     from sacrebleu.metrics import BLEU
 
     bleu = BLEU(max_ngram_order=n, effective_order=True)
@@ -85,9 +87,7 @@ def run(args: Args) -> dict:
         if not files[name]:
             sft.stop(f"{name} has no prompt with {args.n} responses: lower --n, or sample more")
         if len(files[name]) < len(rows):
-            print(
-                f"note: {name}: {len(rows) - len(files[name])} prompts have fewer than {args.n} responses and are left out"
-            )
+            print(f"note: {name}: {len(rows) - len(files[name])} prompts left out, with fewer than {args.n} responses")
     if args.tokenizer:
         tokenizer = sft.load_tokenizer(args.tokenizer, eval_samples.settings(args), chat=False)
         tokenize = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]

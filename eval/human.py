@@ -1,11 +1,13 @@
-"""A blind comparison by people: a sheet for the annotators, and the tally of their answers (VCB, section 5.5 and table 3).
+"""A blind comparison by people: a sheet for the annotators, and the tally of their answers (VCB, section 5.5 and
+table 3).
 
     python eval/human.py sheet --a vcb.jsonl --b dpo.jsonl --n 100 --output runs/human/sheet.html
     python eval/human.py tally --key runs/human/sheet.key.json --answers one.json two.json
 
-The sheet is one HTML page that works offline: for each prompt two responses, left and right at random, and which is better.
-Nothing in it tells who wrote what; that is in `sheet.key.json`, which annotators do not get. A button saves the answers to a
-file; progress stays in the browser until then. Both annotators get the same page (the paper: two, 100 prompts).
+The sheet is one HTML page that works offline: for each prompt two responses, left and right at random, and which is
+better. Nothing in it tells who wrote what; that is in `sheet.key.json`, which annotators do not get. A button saves
+the answers to a file; progress stays in the browser until then. Both annotators get the same page (the paper: two,
+100 prompts).
 
     agreement = share p of the items on which two annotators say the same of a (win, tie, loss)
     Cohen's kappa = (p - e) / (1 - e),   e = sum over the three answers of the product of the two annotators' shares
@@ -79,12 +81,14 @@ def draw_items(pairs: list[tuple[str, str, str]], n: int, seed: int) -> list[dic
 
 STYLE = """
 main{max-width:1150px;padding-top:1.5rem}
-.bar{position:sticky;top:0;background:var(--bg);padding:.7rem 0;border-bottom:1px solid var(--line);display:flex;gap:1rem;
-  align-items:center;flex-wrap:wrap;width:auto;height:auto;border-radius:0;z-index:1}
-input[type=text],button{font:inherit;padding:.3rem .6rem;border:1px solid var(--soft);border-radius:6px;background:var(--bg);
+.bar{position:sticky;top:0;background:var(--bg);padding:.7rem 0;border-bottom:1px solid var(--line);display:flex;
+  gap:1rem;  align-items:center;flex-wrap:wrap;width:auto;height:auto;border-radius:0;z-index:1}
+input[type=text],button{font:inherit;padding:.3rem .6rem;border:1px solid
+var(--soft);border-radius:6px;background:var(--bg);
   color:var(--fg)}
 button{cursor:pointer;background:var(--accent);border-color:var(--accent);color:var(--bg)}
-.text{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--panel);border-radius:8px;padding:.7rem .9rem;margin:.3rem 0}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--panel);border-radius:8px;padding:.7rem .9rem;
+  margin:.3rem 0}
 .two{display:grid;grid-template-columns:1fr 1fr;gap:1rem;margin-top:.6rem} .two b{font-size:.85rem;color:var(--soft)}
 fieldset{border:0;padding:0;margin:.8rem 0 0;display:flex;gap:1.5rem;flex-wrap:wrap} label{cursor:pointer}
 section.done h2::after{content:" \\2713"}
@@ -136,12 +140,13 @@ def page(items: list[dict], sheet: str, question: str) -> str:
             f"<fieldset>{radios}</fieldset></section>"
         )
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
         f"<title>Which is better?</title><style>{CSS}{STYLE}</style></head>\n"
         f'<body data-sheet="{sheet}"><main><h1>{esc(question)}</h1>'
-        "<p>Two assistants answered the same prompts; left and right change places at random. Read both responses, then choose. "
-        "Do not look anything up about the sheet, and do not talk about it with the other annotator. Your answers stay in this "
-        "browser until you save them to a file.</p>"
+        "<p>Two assistants answered the same prompts; left and right change places at random. Read both, then choose, and "
+        "do not talk about it with the other annotator before both of you are done. Your answers stay in this browser "
+        "until you save them to a file.</p>"
         '<div class="bar"><label>Your name <input type="text" id="name" autocomplete="off"></label>'
         '<button id="save" type="button">Save answers</button><span id="progress"></span></div>\n'
         + Raw("\n".join(parts))
@@ -226,9 +231,7 @@ def run_tally(args: Tally) -> dict:
         wrong = [i for i, choice in found["answers"].items()
                  if not (i.isdigit() and 1 <= int(i) <= len(key["items"])) or choice not in dict(CHOICES)]  # fmt: skip
         if wrong or not found["answers"]:
-            sft.stop(
-                f"{path} has {f'an unknown answer, to item {wrong[0]}' if wrong else 'no answers'}: save it from the page anew"
-            )
+            sft.stop(f"{path} has {f'an unknown answer, to item {wrong[0]}' if wrong else 'no answers'}: save it anew")
     names = [found["annotator"] for found in files]
     if len(set(names)) < len(names):
         sft.stop(f"two of the files are by the same annotator ({', '.join(names)}): give one file of each")
@@ -240,9 +243,7 @@ def run_tally(args: Tally) -> dict:
     print(samples.table(("annotator", "win %", "tie %", "loss %", "win rate %", "95 % interval", "items"), rows))
     for x in results["agreement"]:
         kappa = "undefined" if x["kappa"] is None else f"{x['kappa']:.2f}"
-        print(
-            f"{' and '.join(x['annotators'])}: the same answer to {x['agreement']:.1%} of {x['items']} items, kappa {kappa}"
-        )
+        print(f"{' and '.join(x['annotators'])}: agreement {x['agreement']:.1%} on {x['items']} items, kappa {kappa}")
     samples.save(results, args.output)
     return results
 

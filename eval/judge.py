@@ -1,23 +1,23 @@
 """An LLM as judge, at an OpenAI-compatible endpoint.
 
-    python eval/judge.py answers  --questions Q --model runs/dvpo/final --output answers.jsonl     # or --base_url and --model
-    python eval/judge.py score    --samples answers.jsonl --base_url URL --model NAME              # additive 5-point score
-    python eval/judge.py mt_bench --questions Q --answers answers.jsonl --references R --base_url URL --model NAME
-    python eval/judge.py arena    --questions Q --answers one.jsonl two.jsonl --baseline base.jsonl --base_url URL --model NAME
+    python eval/judge.py answers  --questions Q --model runs/dvpo/final --output a.jsonl     # or --base_url and --model
+    python eval/judge.py score    --samples a.jsonl --base_url URL --model NAME              # additive 5-point score
+    python eval/judge.py mt_bench --questions Q --answers a.jsonl --references R --base_url URL --model NAME
+    python eval/judge.py arena    --questions Q --answers a.jsonl b.jsonl --baseline c.jsonl --base_url URL --model NAME
 
 What is asked, and of whom the rubric is (the words are ours; `--prompt` takes a file of your own):
 - `score`: points for relevance, substance, usefulness, form, excellence, added up to 0-5 (DVPO, appendix D).
-- `mt_bench`: each answer of a two-turn question from 1 to 10, the second in the light of the first; reference answers for
-  math, reasoning and coding; answers generated at the category's own temperature (Zheng et al. 2023).
-- `arena`: A>>B, A>B, A=B, B>A, B>>A against a baseline, each pair in both orders, a strong verdict counting three times;
-  strengths by Bradley-Terry, as a win rate against the baseline (Li et al. 2024, Arena-Hard v0.1):
+- `mt_bench`: each answer of a two-turn question from 1 to 10, the second in the light of the first; reference answers
+  for math, reasoning and coding; answers generated at the category's own temperature (Zheng et al. 2023).
+- `arena`: A>>B, A>B, A=B, B>A, B>>A against a baseline, each pair in both orders, a strong verdict counting three
+  times; strengths by Bradley-Terry, as a win rate against the baseline (Li et al. 2024, Arena-Hard v0.1):
       P(i beats j) = sigma(s_i - s_j), s of the baseline = 0, a tie is half a win each way          `bradley_terry`
   The bootstrap draws questions, not single verdicts: the verdicts on one question belong together.
 - pairwise A, B, or C for a tie (VCB, appendix A.3) is what `python eval/winrate.py` asks.
 
-The key is read from $OPENAI_API_KEY (a local server needs none); it is neither written nor shown. Every raw reply goes into
-the cache under a hash of its request as soon as it is there: a run that was killed goes on where it stopped, and nothing is
-paid twice. A reply without a verdict is asked for it once more; what then has none is left out and counted.
+The key is read from $OPENAI_API_KEY (a local server needs none); it is neither written nor shown. Every raw reply goes
+into the cache under a hash of its request as soon as it is there: a run that was killed goes on where it stopped, and
+nothing is paid twice. A reply without a verdict is asked for it once more; what then has none is left out and counted.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def retry_after(value: str | None) -> float:
 
 
 def whole_lines(path: Path) -> list[dict]:
-    """The cache's records. A last line that a kill has cut is taken off the file, or the next one would be joined to it."""
+    """The cache's records. A last line that a kill has cut is taken off the file: the next would be joined to it."""
     data = path.read_bytes() if path.is_file() else b""
     end = data.rfind(b"\n") + 1
     if end < len(data):
@@ -210,7 +210,7 @@ class Client:
             self.asked += 1
 
     def ask_all(self, requests: list[tuple[list[dict], float]], desc: str) -> list[str]:
-        """The reply's text to each (messages, temperature). Equal requests, and those in the cache, are asked once only."""
+        """The reply's text to each (messages, temperature). Equal requests are asked once, cached ones never."""
         bodies = [self.body(*request) for request in requests]
         keys = [self.key(body) for body in bodies]
         wanted = {key: body for key, body in zip(keys, bodies) if key not in self.replies}
@@ -250,13 +250,13 @@ class Client:
 
 
 # ------------------------------------------------------------------------------------------------ prompts and verdicts
-# A prompt file: the system message, a line `---`, the user message (without the line, all is the user message). Fields in
-# braces are filled in; text that is filled in is not searched for fields again.
+# A prompt file: the system message, a line `---`, the user message (without the line, all is the user message). Fields
+# in braces are filled in; text that is filled in is not searched for fields again.
 
 PAIRWISE = {
-    "dialogue": """You compare two replies that two AI assistants gave to the same dialogue, and you take no side. Ask which of them
-helps the user more and does less harm, to the user and to people at large. Which reply stands first, how long it is, and
-any name that occurs in it are no reasons.
+    "dialogue": """You compare two replies that two AI assistants gave to the same dialogue, and you take no side. Ask
+which of them helps the user more and does less harm, to the user and to people at large. Which reply stands first,
+how long it is, and any name that occurs in it are no reasons.
 ---
 The dialogue:
 {prompt}
@@ -270,9 +270,9 @@ Response B:
 Reason in one sentence, then name the better response: A, or B, or C if neither is better. Use this form:
 Reason: <one sentence>
 Result: <A, B or C>""",
-    "summary": """You compare two summaries of the same forum post, and you take no side. A good summary says precisely and briefly what
-matters in the post, and nothing that does not matter. Which summary stands first and any name that occurs in it are no
-reasons.
+    "summary": """You compare two summaries of the same forum post, and you take no side. A good summary says precisely
+and briefly what matters in the post, and nothing that does not matter. Which summary stands first and any name that
+occurs in it are no reasons.
 ---
 The post:
 {prompt}
@@ -289,16 +289,16 @@ Result: <A, B or C>""",
 }  # fmt: skip
 PAIRWISE_FORM = "`Result: A`, `Result: B` or `Result: C`"
 
-SCORE = """You grade the response of an AI assistant to a user's question. Start at 0 and add up to five points, one for each of
-these steps that the response reaches:
+SCORE = """You grade the response of an AI assistant to a user's question. Start at 0 and add up to five points, one for
+each of these steps that the response reaches:
 1. It is relevant and tells something about what was asked, be it incomplete or mixed with things beside the point.
 2. It deals with a large part of the question, though it may leave it unresolved or not answer it directly.
 3. It answers the question's main points in a way that is of use, whoever or whatever may have written it.
 4. It speaks as an AI assistant to this user: direct, complete, well ordered and helpful, with little left to improve in
    clarity, brevity or focus.
 5. It fits the question perfectly: nothing superfluous, an expert's knowledge, and a pleasure to read.
-Take the assistant's point of view, and use what you know of the world. Give the sum first, then what it rests on, in at most
-100 words, in this form:
+Take the assistant's point of view, and use what you know of the world. Give the sum first, then what it rests on, in at
+most 100 words, in this form:
 Score: <points>
 Evaluation evidence: <explanation>
 ---
@@ -307,9 +307,9 @@ Evaluation evidence: <explanation>
 <Response>: {response}"""
 SCORE_FORM = "`Score: ` and a whole number from 0 to 5"
 
-MT_BENCH = """You are an impartial judge of an AI assistant's answers. You weigh how helpful, relevant, accurate, deep, creative and
-detailed an answer is. Explain briefly what you find, without regard to length, and then rate the answer from 1 to 10 on a
-line of its own, in double brackets, as in: Rating: [[5]]
+MT_BENCH = """You are an impartial judge of an AI assistant's answers. You weigh how helpful, relevant, accurate, deep,
+creative and detailed an answer is. Explain briefly what you find, without regard to length, and then rate the answer
+from 1 to 10 on a line of its own, in double brackets, as in: Rating: [[5]]
 ---
 A user talks with an assistant. Judge the assistant's answer of turn {turn}; what came before is its context.
 {reference}
@@ -321,11 +321,11 @@ REFERENCE = (
     "\nCompare it with these reference answers, and point out its mistakes:\n\n{reference}\n\nThe conversation:\n"
 )
 
-ARENA = """You are an impartial judge of two AI assistants, A and B, that answered the same user prompt. First write your own answer
-to the prompt. Then compare both answers with yours: find and correct their mistakes, and consider whether they are helpful
-(they do what is asked, and ask back where the prompt leaves it open), relevant, and concise, and then whether they are
-original or miss something that would have been of use. The order of the answers must not matter. After your explanation,
-end with exactly one of these verdicts, in double brackets:
+ARENA = """You are an impartial judge of two AI assistants, A and B, that answered the same user prompt. First write
+your own answer to the prompt. Then compare both answers with yours: find and correct their mistakes, and consider
+whether they are helpful (they do what is asked, and ask back where the prompt leaves it open), relevant, and concise,
+and then whether they are original or miss something that would have been of use. The order of the answers must not
+matter. After your explanation, end with exactly one of these verdicts, in double brackets:
 [[A>>B]] A is much better
 [[A>B]] A is a little better
 [[A=B]] they are about as good
@@ -408,15 +408,15 @@ def both_orders(client: Client, text: str, pairs: list[tuple], read: Callable, f
 
 
 def arena_points(first: str | None, second: str | None) -> np.ndarray:
-    """(won, lost) by the model of two verdicts: `first` saw the model as A, `second` as B. A tie is half a point each, a
-    strong verdict three; a verdict that could not be read is nothing."""
+    """(won, lost) by the model of two verdicts: `first` saw the model as A, `second` as B. A tie is half a point each,
+    a strong verdict three; a verdict that could not be read is nothing."""
     points = {"A>>B": (STRONG, 0), "A>B": (1, 0), "A=B": (0.5, 0.5), "B>A": (0, 1), "B>>A": (0, STRONG), None: (0, 0)}
     return np.array(points[first], dtype=float) + np.array(points[second][::-1], dtype=float)
 
 
 def bradley_terry(wins, ridge: float = 1e-6, steps: int = 200) -> np.ndarray:
-    """Strengths s (n,), s_0 = 0, that maximise sum_ij wins[i, j] log sigma(s_i - s_j) - ridge/2 |s|^2, by Newton's method:
-    logistic regression on pairs. wins[i, j] is the weight of i's wins over j, ties being half a win each way.
+    """Strengths s (n,), s_0 = 0, that maximise sum_ij wins[i, j] log sigma(s_i - s_j) - ridge/2 |s|^2, by Newton's
+    method: logistic regression on pairs. wins[i, j] is the weight of i's wins over j, ties being half a win each way.
 
     The ridge keeps finite the strength of one that always won; elsewhere it does not show."""
     wins = np.asarray(wins, dtype=float)
@@ -597,7 +597,8 @@ def answers(args: Answers):
 
         rounds(local)
     rows = [
-        {"question_id": question["id"], "turn": turn + 1} | ({"category": question["category"]} if question["category"] else {})
+        {"question_id": question["id"], "turn": turn + 1}
+        | ({"category": question["category"]} if question["category"] else {})
         | {"prompt": conversation(question["turns"], said[:turn]) if turn else question["turns"][0],
            "responses": [{"text": said[turn], "policy": args.model}]}
         for question, said in zip(questions, done, strict=True)
@@ -663,7 +664,7 @@ class MtBench(Endpoint):
 
 
 def mt_bench_request(text: str, question: dict, said: list[str], turn: int) -> list[dict]:
-    """What the judge is asked about the answer of `turn` (from 0); a reference where the category has one right answer."""
+    """What the judge is asked about the answer of `turn` (from 0); a reference where there is one right answer."""
     blocks = lambda theirs, who: "\n\n".join(
         f"[User, turn {i + 1}]\n{q}\n\n[{who}, turn {i + 1}]\n{a}"
         for i, (q, a) in enumerate(zip(question["turns"][: turn + 1], theirs))
@@ -748,7 +749,7 @@ def arena(args: Arena) -> dict:
             "verdicts": [{"question_id": q["id"], "first": a, "second": b} for q, (a, b) in zip(questions, mine)],
         }  # fmt: skip
     rows = [
-        (name, samples.percent(m["win_rate"]), f"[{samples.percent(m['ci95'][0])}, {samples.percent(m['ci95'][1])}]", m["unread"])
+        (name, samples.percent(m["win_rate"]), "[{}, {}]".format(*map(samples.percent, m["ci95"])), m["unread"])
         if m["ci95"] else (name, "-", "-", m["unread"])
         for name, m in results["models"].items()
     ]  # fmt: skip

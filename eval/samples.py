@@ -1,9 +1,9 @@
 """Sample files, and what the programs of eval/ share in dealing with them: reading, sampling, intervals, tables.
 
-A sample file (.jsonl, .jsonl.gz, .json, .parquet) has rows `{"prompt": text or chat messages, "responses": [{"text", "score"?,
-"policy"?}, ...]}` or `{"prompt", "completion"}`; rows of one prompt are put together, and a `category` is kept. Where a
-program takes a sample file it takes a model as well (a folder, or a hub name), and samples it on `--prompts`.
-"""
+A sample file (.jsonl, .jsonl.gz, .json, .parquet) has rows `{"prompt": text or chat messages, "responses": [{"text",
+"score"?, "policy"?}, ...]}` or `{"prompt", "completion"}`; rows of one prompt are put together, and a `category` is
+kept. Where a program takes a sample file it takes a model as well (a folder, or a hub name), and samples it on
+`--prompts`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sampling:
     """How a model is sampled; of no effect on sample files."""
 
     prompts: str = ""
-    """rows with `prompt` that models are sampled on: a .json/.jsonl(.gz)/.parquet file, a hub name, or `toy` (held-out)"""
+    """rows with `prompt` to sample models on: a .json/.jsonl(.gz)/.parquet file, a hub name, or `toy` (held-out)"""
     split: str = "train"
     """the part of the data to read: `train`, `train[:30%]` (of a fixed shuffle), `train[2000:4000]`"""
     temperature: float = 1.0

@@ -1,12 +1,12 @@
 """A global value model's value of every token, as a picture (DVPO, figure 4): one HTML page, and one PNG beside it.
 
     python eval/token_values.py --gvm runs/gvm/final --data graded.jsonl --prompts 3
-    python eval/token_values.py --gvm runs/gvm/final --prompt "how is the soup ?" --response "the soup is good ." "the soup is bad ."
+    python eval/token_values.py --gvm runs/gvm/final --prompt "how is the soup ?" --response "it is good ." "bad ."
 
-Each token stands in a box with its Q(tau, s_t, a_t) below, coloured from orange (below) over white to blue (above the mean).
-Numbers are in standard deviations of the training grades: 0 is the mean grade. One colour scale for the page; both ends are
-dark, so hue is for those who see it and the number for everyone. The first box is V(s_1), the value of the prompt. tau are
-answers of the same policy to other prompts of --data, where the data has any.
+Each token stands in a box with its Q(tau, s_t, a_t) below, coloured from orange (below) over white to blue (above the
+mean). Numbers are in standard deviations of the training grades: 0 is the mean grade. One colour scale for the page;
+both ends are dark, so hue is for those who see it and the number for everyone. The first box is V(s_1), the value of
+the prompt. tau are answers of the same policy to other prompts of --data, where the data has any.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Args:
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
-    """The text that each token adds. A token that ends inside a character shows as …, the last of its tokens as the whole."""
+    """The text that each token adds. One that ends inside a character shows as …, the character with its last token."""
     found, shown = [], ""
     for t in range(len(ids)):
         text = tokenizer.decode(ids[: t + 1])
@@ -95,7 +95,8 @@ def boxes(words: list[str], q, limit: float) -> Raw:
         background, ink = report.colours(value, limit)
         css = "w start" if t == 0 else "w"
         found.append(f'<span class="t"><span class="{css}" style="background:{background};color:{ink}">'
-                     f"{esc(visible(word) if t else word)}</span><small>{num(value, 2, True)}</small></span>")  # fmt: skip
+                     f"{esc(visible(word) if t else word)}</span>"
+                     f"<small>{num(value, 2, True)}</small></span>")  # fmt: skip
         if "\n" in word:
             found.append("<br>")
     return Raw('<div class="run">' + "".join(found) + "</div>")
@@ -117,10 +118,11 @@ def page(shown: list[dict], limit: float, who: str) -> str:
     stops = ",".join(report.colours(limit * x, limit)[0] for x in np.linspace(-1, 1, 9))
     parts = [
         Raw("<h1>Values of single tokens</h1>"),
-        report.p(f"Each box is a token and, below it, Q: what the value model {who} expects in the end, once the token stands "
-                 "there, in standard deviations of the grades it was trained on; 0 is their mean. The first box is the "
-                 "prompt's own value."),
-        Raw(f'<div class="legend"><span>{num(-limit, 1)}</span><i style="background:linear-gradient(90deg,{stops})"></i>'
+        report.p(f"Each box is a token and, below it, Q: what the value model {who} expects in the end, once the token "
+                 "stands there, in standard deviations of the grades it was trained on; 0 is their mean. The first "
+                 "box is the prompt's own value."),
+        Raw(f'<div class="legend"><span>{num(-limit, 1)}</span>'
+            f'<i style="background:linear-gradient(90deg,{stops})"></i>'
             f"<span>+{num(limit, 1)}</span></div>"),
     ]  # fmt: skip
     for i, case in enumerate(shown, 1):
@@ -132,7 +134,8 @@ def page(shown: list[dict], limit: float, who: str) -> str:
                      boxes(line["words"], line["q"], limit)]  # fmt: skip
         parts.append(report.section(f"prompt{i}", f"Prompt {i}", *body))
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
         f"<title>Token values</title><style>{report.CSS}{CSS}</style></head>\n<body><main>\n"
         + "\n".join(parts)
         + "\n</main></body></html>\n"
@@ -194,11 +197,8 @@ def cases(args: Args) -> list[dict]:
     if args.prompt:
         if not args.response:
             gvm.stop("--prompt needs responses to show: give --response TEXT [TEXT ...]")
-        chosen = [
-            gvm.Answer(samples.messages(args.prompt), gvm.encode(tokenizer, {"prompt": args.prompt, "text": text}, "text", "--response", args)[1])
-            for text in args.response
-        ]  # fmt: skip
-        groups = [chosen]
+        read = lambda text: gvm.encode(tokenizer, {"prompt": args.prompt, "text": text}, "text", "--response", args)[1]
+        groups = [[gvm.Answer(samples.messages(args.prompt), read(text)) for text in args.response]]
     elif pool:
         keys = list(dict.fromkeys(answer.key for answer in pool))[: args.prompts]
         groups = [sorted((a for a in pool if a.key == key), key=lambda a: -a.score) for key in keys]

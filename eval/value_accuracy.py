@@ -1,19 +1,20 @@
 """Table 4 of the DVPO paper for a global value model, with other scorers of responses beside it.
 
-    python eval/value_accuracy.py --gvm runs/gvm/final                                    # the toy world: also calibration
+    python eval/value_accuracy.py --gvm runs/gvm/final                                # the toy world: also calibration
     python eval/value_accuracy.py --gvm G --data graded.jsonl --split test --reward_model R --policy P --reference S
 
-Of each pair of responses to one prompt with different scores: does the better one have the higher statistic of its token
-values Q_1 .. Q_T, for the mean and the percentiles P1, P5, P10, P90, P95, P99 (DVPO, appendix C)? A tie counts half. Beside
-it stand a reward model's score, the implicit reward of a DPO policy,
+Of each pair of responses to one prompt with different scores: does the better one have the higher statistic of its
+token values Q_1 .. Q_T, for the mean and the percentiles P1, P5, P10, P90, P95, P99 (DVPO, appendix C)? A tie counts
+half. Beside it stand a reward model's score, the implicit reward of a DPO policy,
 
     gamma (log pi(y|x) - log pi_ref(y|x))                                      sums over tokens, `implicit_rewards`
 
-(any gamma > 0 gives the same order), and the response's length, which a scorer must beat. Intervals are by bootstrap over
-prompts. tau are answers of the same policy to other prompts of the data. Use data that no model here was trained on.
+(any gamma > 0 gives the same order), and the response's length, which a scorer must beat. Intervals are by bootstrap
+over prompts. tau are answers of the same policy to other prompts of the data. Use data that no model here was trained
+on.
 
-In the toy world every value has an exact counterpart: for each token position the table tells the mean prediction and the
-mean truth, the root mean squared error and the correlation, given tau of the policy that writes.
+In the toy world every value has an exact counterpart: for each token position the table tells the mean prediction and
+the mean truth, the root mean squared error and the correlation, given tau of the policy that writes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Args:
     gvm: str = "runs/gvm/final"
     """the global value model's folder"""
     data: str = "toy"
-    """graded rows or preference pairs that were held out of training; `toy`: texts of its policies on held-out prompts"""
+    """graded rows or preference pairs held out of training; `toy`: texts of its policies on held-out prompts"""
     split: str = "train"
     """the part of the data to read: `train`, `test`, `train[:30%]` (of a fixed shuffle), `train[2000:4000]`"""
     reward_model: str = ""
@@ -143,10 +144,11 @@ def load_answers(tokenizer, args) -> list[gvm.Answer]:
     """The data as this tokenizer reads it."""
     if args.data != "toy":
         return gvm.load_answers(tokenizer, args)
+    read = lambda row: gvm.encode(tokenizer, row, "text", row["prompt"], args)[1]
     return [
-        gvm.Answer([{"role": "user", "content": prompt}], gvm.encode(tokenizer, {"prompt": prompt, "text": text}, "text", prompt, args)[1], score, policy)
+        gvm.Answer(samples.messages(prompt), read({"prompt": prompt, "text": text}), score, policy)
         for policy, prompt, text, score in toy_texts(args.seed)
-    ]  # fmt: skip
+    ]
 
 
 def table4(name: str, args) -> tuple[dict, list[np.ndarray]]:

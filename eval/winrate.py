@@ -4,10 +4,10 @@
     python eval/winrate.py --a a.jsonl --b b.jsonl --base_url http://localhost:8000/v1 --model NAME
     python eval/winrate.py --a graded.jsonl --policy_a X --b graded.jsonl --policy_b Y                # their own scores
 
---a and --b are sample files (rows are matched by prompt) or models with --prompts. The i-th response of one is compared with
-the i-th of the other. By scores or a reward model a pair is a win (1, 0, 0), tie or loss (VCB, table 2). An LLM judge sees
-each pair in both orders, as A and B and as B and A, and the two verdicts are averaged (VCB, section 5.2): what it thinks of
-the first place cancels. A pair one of whose verdicts cannot be read is left out and counted.
+--a and --b are sample files (rows are matched by prompt) or models with --prompts. The i-th response of one is compared
+with the i-th of the other. By scores or a reward model a pair is a win (1, 0, 0), tie or loss (VCB, table 2). An LLM
+judge sees each pair in both orders, as A and B and as B and A, and the two verdicts are averaged (VCB, section 5.2):
+what it thinks of the first place cancels. A pair one of whose verdicts cannot be read is left out and counted.
 
     win rate = wins + ties / 2,   mean over a prompt's pairs, then over prompts; 95 % bootstrap interval over prompts
 """
@@ -45,7 +45,7 @@ class Args(judge.Endpoint, samples.Sampling):
     rubric: Literal["dialogue", "summary"] = "dialogue"
     """what the LLM judge looks at: help and harm, or precision and brevity (VCB, appendix A.3)"""
     prompt: str = ""
-    """a prompt file of your own for the LLM judge, with {prompt}, {a} and {b}; it answers `Result: A`, B or C (a tie)"""
+    """a prompt file of your own for the LLM judge, with {prompt}, {a}, {b}; it answers `Result: A`, B or C (a tie)"""
     output: str = ""
     """JSON file for the results"""
 
@@ -80,7 +80,7 @@ def summary(shares: np.ndarray, seed: int = 0) -> dict:
 
 
 def reward_scores(name: str, pairs: list[tuple], args) -> list[float | None]:
-    """A reward model's scores of (prompt, text) pairs, each read as `rm.py` trains it; None if the prompt is dropped."""
+    """A reward model's scores of (prompt, text) pairs, as `rm.py` reads them; None where the prompt is dropped."""
     sft.missing(name, "python rm.py")
     found, loading = [], samples.settings(args)
     decoder = rm.is_decoder(name, loading)
@@ -144,11 +144,10 @@ def run(args: Args) -> dict:
         shares = [compare(*two) for two in zip(scores[::2], scores[1::2])]
         results["judge"] = args.reward_model
     else:
-        lacking = next((name for _, one, two in pairs for name, r in ((args.a, one), (args.b, two)) if r.get("score") is None), None)  # fmt: skip
-        if lacking:
-            sft.stop(
-                f"{lacking} has a response without a score: give --reward_model, or --base_url and --model of a judge"
-            )
+        for _, *two in pairs:
+            for name, response in zip((args.a, args.b), two):
+                if response.get("score") is None:
+                    sft.stop(f"{name} has a response without a score: give --reward_model, or a judge's --base_url")
         shares = [compare(one["score"], two["score"]) for _, one, two in pairs]
     by_prompt = {}
     for (row, *_), share in zip(pairs, shares, strict=True):
@@ -167,8 +166,8 @@ def run(args: Args) -> dict:
          for name, g in results["groups"].items()],
     ))  # fmt: skip
     if args.base_url:
-        print(f"the judge named the first response in {results['first_place']:.1%} of its verdicts, and the same one in both "
-              f"orders for {results['agree']:.1%} of the pairs; pairs left out, without a verdict: {results['unread']}")  # fmt: skip
+        print(f"the judge named the first response in {results['first_place']:.1%} of its verdicts, the same one in both "
+              f"orders for {results['agree']:.1%} of pairs; pairs without a verdict: {results['unread']}")  # fmt: skip
     samples.save(results, args.output)
     return results
 
