@@ -81,7 +81,7 @@ def draw_items(pairs: list[tuple[str, str, str]], n: int, seed: int) -> list[dic
 
 STYLE = """
 main{max-width:1150px;padding-top:1.5rem}
-.bar{position:sticky;top:0;background:var(--bg);padding:.7rem 0;border-bottom:1px solid var(--line);display:flex;
+.bar{position:sticky;top:0;background:var(--bg);padding:.7rem 0;display:flex;
   gap:1rem;  align-items:center;flex-wrap:wrap;width:auto;height:auto;border-radius:0;z-index:1}
 input[type=text],button{font:inherit;padding:.3rem .6rem;border:1px solid
 var(--soft);border-radius:6px;background:var(--bg);
@@ -144,9 +144,9 @@ def page(items: list[dict], sheet: str, question: str) -> str:
         '<meta name="viewport" content="width=device-width">'
         f"<title>Which is better?</title><style>{CSS}{STYLE}</style></head>\n"
         f'<body data-sheet="{sheet}"><main><h1>{esc(question)}</h1>'
-        "<p>Two assistants answered the same prompts; left and right change places at random. Read both, then choose, and "
-        "do not talk about it with the other annotator before both of you are done. Your answers stay in this browser "
-        "until you save them to a file.</p>"
+        "<p>Two assistants answered the same prompts; left and right change places at random. Read both, then choose, "
+        "and do not talk about it with the other annotator before both of you are done. Your answers stay in this "
+        "browser until you save them to a file.</p>"
         '<div class="bar"><label>Your name <input type="text" id="name" autocomplete="off"></label>'
         '<button id="save" type="button">Save answers</button><span id="progress"></span></div>\n'
         + Raw("\n".join(parts))

@@ -6,7 +6,8 @@
     python eval/judge.py arena    --questions Q --answers a.jsonl b.jsonl --baseline c.jsonl --base_url URL --model NAME
 
 What is asked, and of whom the rubric is (the words are ours; `--prompt` takes a file of your own):
-- `score`: points for relevance, substance, usefulness, form, excellence, added up to 0-5 (DVPO, appendix D).
+- `score`: points for relevance, substance, usefulness, form, excellence, added up to 0-5 (DVPO, appendix D). With
+  `--scored` of two policies, `winrate.py` tells which one's grades are higher (DVPO, figure 2).
 - `mt_bench`: each answer of a two-turn question from 1 to 10, the second in the light of the first; reference answers
   for math, reasoning and coding; answers generated at the category's own temperature (Zheng et al. 2023).
 - `arena`: A>>B, A>B, A=B, B>A, B>>A against a baseline, each pair in both orders, a strong verdict counting three
@@ -366,18 +367,19 @@ def fill(text: str, **fields) -> list[dict]:
 
 def last(pattern: str, text: str) -> str | None:
     found = re.findall(pattern, text, re.IGNORECASE)
-    return found[-1].strip() if found else None
+    return found[-1] if found else None
 
 
 def read_pairwise(reply: str) -> str | None:
-    """A, B or C (a tie) of the last `Result: ...`; an echo of the choice itself ("A, B or C") is none."""
-    found = last(r"result\W{1,6}([ABC])\b(?!\W{1,3}(?:[ABC]\b|or\b))", reply)
+    """A, B or C (a tie) of the last `Result: ...`, or a reply of just that letter. An echo ("A, B or C") is none."""
+    found = last(r"^\W*([ABC])\W*$", reply.strip()) or last(r"result\W{1,6}([ABC])\b(?!\W{1,3}(?:[ABC]\b|or\b))", reply)
     return found and found.upper()
 
 
 def read_score(reply: str) -> float | None:
-    """0-5 of the first `Score: ...`."""
-    found = re.search(r"score\W{1,6}(\d+(?:\.\d+)?)", reply, re.IGNORECASE)
+    """0-5 of the first `Score: ...`, or a reply of just that number."""
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.search(r"score\W{1,6}" + number, reply, re.IGNORECASE) or re.fullmatch(rf"\W*{number}\W*", reply)
     return float(found[1]) if found and float(found[1]) <= 5 else None
 
 
@@ -389,10 +391,8 @@ def read_rating(reply: str) -> float | None:
 
 def read_verdict(reply: str) -> str | None:
     """A>>B, A>B, A=B, B>A or B>>A in double brackets, if the reply has only one of them."""
-    found = {
-        re.sub(r"\s", "", x).upper() for x in re.findall(r"\[\[([AB]\s*(?:>>|>|=)\s*[AB])\]\]", reply, re.IGNORECASE)
-    }
-    found &= {"A>>B", "A>B", "A=B", "B>A", "B>>A"}
+    found = re.findall(r"\[\[\s*([AB]\s*(?:>>|>|=)\s*[AB])\s*\]\]", reply, re.IGNORECASE)
+    found = {re.sub(r"\s", "", verdict).upper() for verdict in found} & {"A>>B", "A>B", "A=B", "B>A", "B>>A"}
     return found.pop() if len(found) == 1 else None
 
 
@@ -621,6 +621,8 @@ class Score(Endpoint):
     """a prompt file of your own, with {prompt} and {response}; the judge answers `Score: n`"""
     limit: int = 0
     """score the first so many prompts only; 0 means all"""
+    scored: str = ""
+    """sample file (.jsonl) to write, with the judge's grades as `score`: `winrate.py` compares two of these"""
     output: str = ""
     """JSON file for the results"""
 
@@ -641,6 +643,16 @@ def score(args: Score) -> dict:
     results = {"score": groups, "counts": {str(n): flat.count(n) for n in range(6)}, "unread": flat.count(None),
                "grades": [{"prompt": row["prompt"], "scores": g} for row, g in zip(rows, grades)]}  # fmt: skip
     show_means("score 0-5", groups, results["unread"])
+    if args.scored:
+        lines = []
+        for row, marks in zip(rows, grades):
+            kept = [r | {"score": mark} for r, mark in zip(row["responses"], marks) if mark is not None]
+            if kept:
+                new = {name: value for name, value in row.items() if name != "key"} | {"responses": kept}
+                lines.append(json.dumps(new, ensure_ascii=False) + "\n")
+        Path(args.scored).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.scored).write_text("".join(lines), encoding="utf-8")
+        print(f"{args.scored} written")
     samples.save(results, args.output)
     return results
 

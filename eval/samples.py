@@ -60,7 +60,7 @@ def parse(kinds, argv, doc: str):
     except SystemExit as ended:
         if not ended.code:  # --help
             raise
-        wrong = re.split("─{3,}", shown.getvalue())[1]
+        wrong = re.split("[─-]{3,}", shown.getvalue())[1]  # where boxes cannot be drawn, tyro writes hyphens
         sft.stop(" ".join(re.sub("[╮╰│]", " ", wrong).split()) + " See --help")
 
 

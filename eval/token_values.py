@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -229,6 +230,7 @@ def main(argv=None):
     limit = max(np.abs(line["q"]).max() for case in shown for line in case["lines"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "token_values.html").write_text(page(shown, limit, args.gvm), encoding="utf-8")
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # it is drawn as a frame; the page shows it
     report.png(draw, shown, limit, path=folder / "token_values.png")
     for case in shown:
         print(f"prompt: {' '.join(case['prompt'].split())[:70]}")

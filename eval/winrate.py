@@ -166,8 +166,8 @@ def run(args: Args) -> dict:
          for name, g in results["groups"].items()],
     ))  # fmt: skip
     if args.base_url:
-        print(f"the judge named the first response in {results['first_place']:.1%} of its verdicts, the same one in both "
-              f"orders for {results['agree']:.1%} of pairs; pairs without a verdict: {results['unread']}")  # fmt: skip
+        print(f"the judge named the first response in {results['first_place']:.1%} of its verdicts, the same one in "
+              f"both orders of {results['agree']:.1%} of pairs; pairs left out: {results['unread']}")  # fmt: skip
     samples.save(results, args.output)
     return results
 
