@@ -384,8 +384,9 @@ def read_score(reply: str) -> float | None:
 
 
 def read_rating(reply: str) -> float | None:
-    """1-10 of the last [[n]]."""
-    found = last(r"\[\[\s*(\d+(?:\.\d+)?)(?:\s*/\s*10)?\s*\]\]", reply)
+    """1-10 of the last [[n]], or, without double brackets, of the last `Rating: n`."""
+    number = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
+    found = last(rf"\[\[\s*{number}\s*\]\]", reply) or last(rf"rating\W{{1,6}}{number}(?!\s*(?:to|-)|[\d.])", reply)
     return float(found) if found and 1 <= float(found) <= 10 else None
 
 

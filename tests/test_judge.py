@@ -281,6 +281,7 @@ def test_read_score(reply, found):
 @pytest.mark.parametrize(
     ("reply", "found"),
     [("Rating: [[7]]", 7), ("[[2]] no: [[8.5]]", 8.5), ("[[10/10]]", 10), ("[[11]]", None), ("[[0]]", None),
+     ("Rating: [5]", 5), ("**Rating**: 8/10.", 8), ("a rating: 1 to 10", None), ("Rating: 5, no: [[6]]", 6),
      ("see [3]", None), ("[[n]]", None)],
 )  # fmt: skip
 def test_read_rating(reply, found):
