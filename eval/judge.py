@@ -501,7 +501,8 @@ def read_questions(name: str, limit: int) -> list[dict]:
 
 
 def read_answers(name: str, questions: list[dict]) -> list[list[str]]:
-    """The turns answered to each question: `judge.py answers`' file, a sample file, or FastChat's or Arena-Hard's."""
+    """The turns answered to each question: `judge.py answers`' file, a sample file (the first response to the same
+    prompt), or FastChat's or Arena-Hard's."""
     by_id, by_prompt = {}, {}
     for row, where in sft.load_rows(name, "train", "graded"):
         key = row.get("question_id", row.get("uid"))
@@ -512,8 +513,8 @@ def read_answers(name: str, questions: list[dict]) -> list[list[str]]:
             sft.stop(f"{where}: no answer: it has no responses, completion or choices")
         elif key is not None:
             by_id.setdefault(key, {})[row.get("turn", 1) - 1] = text
-        elif isinstance(row.get("prompt"), str):
-            by_prompt[row["prompt"]] = {0: text}
+        elif row.get("prompt"):
+            by_prompt[samples.show(row["prompt"])] = {0: text}
     found = []
     for question in questions:
         turns = by_id.get(question["id"]) or by_prompt.get(question["turns"][0], {})

@@ -413,6 +413,9 @@ def test_mt_bench(tmp_path, capsys):
     assert rating["math"]["mean"] == 7 and rating["writing"]["mean"] == 6
     assert rating["turn 1"]["mean"] == pytest.approx(23 / 3) and rating["turn 2"]["mean"] == 4
     assert "6.20" in capsys.readouterr().out
+    chat = [{"prompt": [{"role": "user", "content": "write a poem"}], "responses": [{"text": "x"}, {"text": "y"}]}]
+    one = [{"id": 1, "turns": ["write a poem"]}]
+    assert judge.read_answers(write(tmp_path / "chat.jsonl", chat), one) == [["x"]]
     rows = [{"question_id": q["question_id"], "choices": [{"turns": ["x", "y"]}]} for q in QUESTIONS[:2]]
     fastchat = write(tmp_path / "f.jsonl", rows)
     assert judge.read_answers(fastchat, judge.read_questions(questions, 2)) == [["x", "y"]] * 2

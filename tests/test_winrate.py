@@ -1,6 +1,8 @@
 """Sample files, intervals, win rates: against direct counts and brute force."""
 
+import ast
 import gzip
+import importlib
 import json
 import os
 import random
@@ -181,3 +183,17 @@ def test_real_scores_against_a_direct_count(capsys):
         group = found["groups"]["all"]
         assert group["prompts"] == len(rows) == count.sum() == 805
         assert np.allclose([group[x]["mean"] for x in ("win", "tie", "loss")], count / 805)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "diversity", "human", "judge", "token_values", "value_accuracy", "winrate"])
+def test_help(name, capsys):
+    """--help works, and every flag of every command says what it is."""
+    module = importlib.import_module(f"eval.{name}")
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0 and module.__doc__.split("\n")[0][:60] in capsys.readouterr().out
+    tree = ast.parse((ROOT / "eval" / f"{name}.py").read_text() + (ROOT / "eval" / "samples.py").read_text())
+    for block in [node for node in tree.body if isinstance(node, ast.ClassDef) and node.decorator_list]:
+        for field, told in zip(block.body, block.body[1:] + [None]):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(told, ast.Expr) and isinstance(told.value.value, str), field.target.id
