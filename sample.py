@@ -560,7 +560,7 @@ def parse_args(args_class, presets, argv=None, doc=""):
     except SystemExit as ended:
         if not ended.code:  # --help
             raise
-        wrong = re.split("─{3,}", shown.getvalue())[1]  # of a box with a title, what is wrong, and advice
+        wrong = re.split("[─-]{3,}", shown.getvalue())[1]  # of a box with a title, what is wrong, and advice
         stop(" ".join(re.sub("[╮╰│]", " ", wrong).split()) + " See --help")
     for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
         if getattr(args, name, 1) < 1:
