@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
@@ -135,7 +136,7 @@ class Model:
             for j in range(n)
         ]
         found = []
-        for at in range(0, len(jobs), batch_size):
+        for at in tqdm(range(0, len(jobs), batch_size), desc="sampling", mininterval=2, leave=False):
             some = jobs[at : at + batch_size]
             noise = sample.KeyedNoise([key for _, key in some], self.args, self.device)
             found += sample.sample_responses(

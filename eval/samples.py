@@ -8,6 +8,7 @@ kept. Where a program takes a sample file it takes a model as well (a folder, or
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -17,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dvpo
 import sft
-from eval import demo
+from eval import calibration
 
 DRAWS = 1000  # bootstrap resamples
 
@@ -138,22 +138,16 @@ class Sampler:
     def __init__(self, name: str, args):
         sft.missing(name)
         self.args, self.tokenizer = settings(args), sft.load_tokenizer(name, settings(args))
-        self.policy = demo.Wrapped(name, self.tokenizer, self.args)
-        self.policy.module.to(device())
+        self.model = calibration.Model(name, self.tokenizer, self.args, device())
 
-    def __call__(self, prompts: list, temperature: float, seed: int = 0) -> list[str]:
-        """One response to each prompt, drawn at the temperature. Same seed, prompts and batch size: same responses."""
+    def __call__(self, prompts: list, temperature: float, seed: int = 0, n: int = 1) -> list[str]:
+        """n responses to each prompt, prompt by prompt; temperature 0 is greedy. Same seed and prompts: same responses."""
+        greedy = not temperature
+        self.model.args = dataclasses.replace(self.model.args, temperature=temperature or 1.0, greedy=greedy)
         ids = [sft.encode(self.tokenizer, {"prompt": p}, None, f"prompt {i + 1}", self.args)[0]
                for i, p in enumerate(prompts)]  # fmt: skip
-        texts, size = [], self.args.micro_batch_size
-        for at in tqdm(range(0, len(ids), size), desc="sampling", mininterval=1):
-            part = ids[at : at + size]
-            noise = lambda input_ids, scores: scores  # greedy
-            if temperature:
-                noise = dvpo.GumbelNoise(f"eval {seed} {at}", temperature, slice(None), len(part), device())
-            out = dvpo.sample_responses(self.policy, part, noise, self.tokenizer, self.args, device())
-            texts += self.tokenizer.batch_decode(out, skip_special_tokens=True)
-        return texts
+        found = self.model.answers(prompts, ids, n, seed, self.args.micro_batch_size)
+        return calibration.texts_of(found, self.model.ends, self.tokenizer)[0]
 
 
 def samples(name: str, args, policy: str = "", n: int = 1) -> list[dict]:
@@ -175,7 +169,7 @@ def samples(name: str, args, policy: str = "", n: int = 1) -> list[dict]:
         rows[key] = {"prompt": row["prompt"], "key": key, "responses": []}
         rows[key] |= {"category": str(row["category"])} if row.get("category") is not None else {}
     rows = list(rows.values())
-    texts = Sampler(name, args)([row["prompt"] for row in rows for _ in range(n)], args.temperature, args.seed)
+    texts = Sampler(name, args)([row["prompt"] for row in rows], args.temperature, args.seed, n)
     for i, text in enumerate(texts):
         rows[i // n]["responses"].append({"text": text, "policy": name})
     return rows
