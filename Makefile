@@ -23,8 +23,8 @@ demo-all: demo  ## and the other advantages of DVPO, a GVM without tau, and ever
 	$(PY) gvm.py $(RUN)/gvm_no_tau --model $(SFT) --tau_pairs 0
 	$(PY) dpo.py $(RUN)/dpo $(SAMPLED) --snapshot_every 24 --loss dpo
 	$(PY) dpo.py $(RUN)/ipo $(SAMPLED) --snapshot_every 24 --loss ipo
-	$(PY) dpo.py $(RUN)/slic $(SAMPLED) --snapshot_every 24 --loss slic
-	$(PY) dpo.py $(RUN)/rrhf $(SAMPLED) --snapshot_every 24 --loss rrhf
+	$(PY) dpo.py $(RUN)/slic $(SAMPLED) --snapshot_every 24 --loss slic --nll_coef 3 --learning_rate 3e-4
+	$(PY) dpo.py $(RUN)/rrhf $(SAMPLED) --snapshot_every 24 --loss rrhf --nll_coef 10 --learning_rate 3e-4
 	$(PY) rest.py $(RUN)/rest $(SAMPLED) --snapshot_every 72
 	$(PY) eval/demo.py $(DEMO)
 	$(PY) eval/report.py $(DEMO)

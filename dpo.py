@@ -74,7 +74,7 @@ class Args:
     pair_selection: Literal["best_worst", "all", "adjacent"] = "all"
     """pairs made of n scored responses (not for rrhf, which takes all): the best with the worst, all, neighbours in rank"""
     gamma: float = 0.0
-    """KL strength (slic: scale of the log-probs); 0 takes the default of the loss: dpo 0.1, ipo 0.1, slic 1"""
+    """KL strength (slic: scale of the log-probs); 0 takes the toy world's default of the loss: dpo 1, ipo 0.1, slic 0.1"""
     margin: float = 1.0
     """slic's margin delta"""
     nll_coef: float = 1.0
@@ -83,11 +83,11 @@ class Args:
     """divide log-ratios (slic, rrhf: log-probs) by the response's length; auto: rrhf does, as its code, the others do not"""
     length_penalty: float = 0.0
     """alpha of length-regularised DPO: adds alpha (|y_w| - |y_l|) to gamma Delta"""
-    epochs: int = 4
+    epochs: int = 2
     """passes over the data"""
     steps: int = 0
     """stop after this many optimizer steps; 0 means all epochs"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """peak learning rate of AdamW, linear to zero"""
     warmup_steps: int = 10
     """steps of linear warm-up (VCB paper: 500)"""
@@ -143,7 +143,7 @@ PRESETS: dict[str, Args] = {
     "llama3.2-3b": dataclasses.replace(_paper, max_prompt_tokens=1024, max_response_tokens=1024),
     "llama3-8b": dataclasses.replace(_paper, max_prompt_tokens=1024, max_response_tokens=1024, zero_stage=3),
 }
-GAMMA = {"dpo": 0.1, "ipo": 0.1, "slic": 1.0, "rrhf": 1.0}  # where --gamma is 0
+GAMMA = {"dpo": 1.0, "ipo": 0.1, "slic": 0.1, "rrhf": 1.0}  # where --gamma is 0
 
 
 # ---------------------------------------------------------------------------------------------------- the mathematics

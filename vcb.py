@@ -72,11 +72,11 @@ class Args:
     """KL strength, in standard deviations of a prompt's rewards (paper: 0.05); the optimum's KL is about 1 / (2 gamma^2) nats"""
     lam: float = 1.0
     """temperature of the log-sum-exp over pairs (paper: hardly matters)"""
-    epochs: int = 4
+    epochs: int = 2
     """passes over the data (paper: 1)"""
     steps: int = 0
     """stop after this many optimizer steps; 0 means all epochs"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """peak learning rate of AdamW, linear to zero"""
     warmup_steps: int = 10
     """steps of linear warm-up (paper: 500)"""
