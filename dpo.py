@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import datetime
 import gzip
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -99,6 +100,8 @@ class Args:
     """prompts, each with all its pairs, per optimizer step, over all ranks"""
     eval_as_reward_model: str = ""
     """pairs or graded rows on which the implicit reward's accuracy is told at the end: a file or hub name"""
+    eval_split: str = "test"
+    """the part of --eval_as_reward_model to read"""
     reward_model: str = ""
     """an explicit reward model (rm.py) to stand beside it"""
     micro_batch_size: int = 8
@@ -220,9 +223,15 @@ def train(args: Args) -> Path:
         stop(f"{args.data} ({args.split}): all responses of each prompt have the same score, so no pair has an order")
     gamma = args.gamma or GAMMA[args.loss]
     normalize = {"yes": True, "no": False, "auto": args.loss == "rrhf"}[args.length_normalize]
-    held_out = (
-        load_groups(tokenizer, args, args.eval_as_reward_model, "train", True) if args.eval_as_reward_model else []
-    )
+    if args.length_penalty and args.loss != "dpo":
+        stop(f"--length_penalty belongs to --loss dpo, not {args.loss}")
+    held_out, explicit = [], {}
+    if args.eval_as_reward_model:
+        held_out = load_groups(tokenizer, args, args.eval_as_reward_model, args.eval_split, True)
+        held_out = [q for q in held_out if select_pairs(q.rewards, "all")]
+        if not held_out:
+            stop(f"--eval_as_reward_model {args.eval_as_reward_model} ({args.eval_split}): no pair has an order")
+        explicit = explicit_accuracy(held_out, tokenizer, args, device)
     torch.manual_seed(args.seed)
     model = load_model("causal", args.policy, tokenizer, args)
     model = add_lora(model, args) if args.lora_r else model
@@ -281,31 +290,27 @@ def train(args: Args) -> Path:
             }
         )
         run.snapshot(model, tokenizer)
-    return run.finish(model, tokenizer, **accuracies(held_out, engine, tokenizer, args, rank, world, device))
+    if held_out:
+        policy.eval()
+        rows = [row for group in held_out for row in group.rows]
+        logps = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args.micro_batch_size, rank, world, device))
+        implicit = [[next(logps) - ref for ref in group.ref_logp] for group in held_out]
+        right, pairs = ranked_right(implicit, [group.rewards for group in held_out])
+        explicit |= {"implicit_accuracy": round(right / pairs, 4), "eval_pairs": pairs}
+    return run.finish(model, tokenizer, **explicit)
 
 
-def accuracies(held_out, engine, tokenizer, args, rank: int, world: int, device) -> dict:
-    """--eval_as_reward_model: accuracy over pairs of the implicit reward log(pi / pi_sft), and of --reward_model's."""
-    if not held_out:
+def explicit_accuracy(held_out, tokenizer, args, device) -> dict:
+    """--reward_model's accuracy on the pairs of --eval_as_reward_model."""
+    if not args.reward_model:
         return {}
-    engine.module.eval()
-    rows = [row for group in held_out for row in group.rows]
-    logps = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args.micro_batch_size, rank, world, device))
-    rewards = [group.rewards for group in held_out]
-    right, total = ranked_right([[next(logps) - ref for ref in q.ref_logp] for q in held_out], rewards)
-    found = {"implicit_accuracy": round(right / total, 4), "eval_pairs": total}
-    if args.reward_model:
-        explicit = TextReward(args.reward_model, args, device)
-        texts = [
-            [(q.prompt, tokenizer.decode([t for t in r if t not in engine.module.ends])) for _, r in q.rows]
-            for q in held_out
-        ]
-        flat = [pair for some in texts for pair in some]
-        complete = [r[-1] in engine.module.ends for _, r in rows]
-        scores = iter(explicit([p for p, _ in flat], [t for _, t in flat], complete))
-        right, total = ranked_right([[next(scores) for _ in q.rows] for q in held_out], rewards)
-        found["explicit_accuracy"] = round(right / total, 4)
-    return found
+    reward, eos = TextReward(args.reward_model, args, device), tokenizer.eos_token_id
+    rows = [(group.prompt, response) for group in held_out for _, response in group.rows]
+    texts = [tokenizer.decode([t for t in response if t != eos]) for _, response in rows]
+    scores = iter(reward([prompt for prompt, _ in rows], texts, [response[-1] == eos for _, response in rows]))
+    found = [[next(scores) for _ in group.rows] for group in held_out]
+    right, pairs = ranked_right(found, [group.rewards for group in held_out])
+    return {"explicit_accuracy": round(right / pairs, 4)}
 
 
 def main(argv=None):
@@ -339,7 +344,7 @@ def load_groups(tokenizer, args, name: str, split: str, pairs_too: bool = False)
             responses = row["responses"][: getattr(args, "n", 0) or None]
         else:
             stop(f"{where}: no field responses: graded rows are needed, `python sample.py` writes them")
-        found = Group(row["prompt"], [], [])
+        found = Group(row.get("prompt"), [], [])
         for response in responses:
             score = response.get("score")
             if not isinstance(score, (int, float)) or not math.isfinite(score):
@@ -356,7 +361,7 @@ def load_groups(tokenizer, args, name: str, split: str, pairs_too: bool = False)
     if not groups:
         stop(f"{name} ({split}) has no prompt with two responses or more to compare ({single} with one): "
              "draw more with `python sample.py --n 8`")  # fmt: skip
-    if single:
+    if single and int(os.environ.get("RANK", 0)) == 0:
         print(f"{single} prompts with one response are left out: there is nothing to compare it with")
     return groups
 
@@ -365,7 +370,7 @@ def load_groups(tokenizer, args, name: str, split: str, pairs_too: bool = False)
 def sequence_logps(policy, rows, pad_token_id: int, size: int, rank: int, world: int, device) -> list[float]:
     """log pi(y|x), summed over tokens, of (prompt ids, response ids) rows, shared out over the ranks."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    order += order[: -len(order) % world]  # every rank takes as many
+    order += (order * world)[: -len(order) % world]  # every rank takes as many
     found = []
     with torch.no_grad():
         for at in range(rank, len(order), size * world):
@@ -382,21 +387,27 @@ def sequence_logps(policy, rows, pad_token_id: int, size: int, rank: int, world:
 # Copied from vcb.add_reference
 def add_reference(groups, engine, run, tokenizer, args, rank: int, world: int, device):
     """Gives every group the reference's log-probs: of the policy before its first step, or of --reference, which is
-    loaded for this alone. Kept in the run folder for --resume."""
+    loaded for this alone. Kept in the run folder for --resume, when the policy is no longer the reference."""
     path = run.folder / "ref_logp.json"
-    if not (args.resume and path.is_file()):
+    rows = [row for group in groups for row in group.rows]
+    data = hashlib.sha256(json.dumps([args.reference or args.policy, rows]).encode()).hexdigest()
+    if args.resume and path.is_file():
+        saved = json.loads(path.read_text())
+        if saved["data"] != data:
+            stop(f"--resume: data or reference are not those that {run.folder} was begun with: give the same flags, or "
+                 "another --output_dir")  # fmt: skip
+        logps = saved["logps"]
+    else:
         engine.module.eval()
         policy = engine
         if args.reference and args.reference != args.policy:
             reference = load_model("causal", args.reference, tokenizer, args, frozen=True)
             policy = Policy(reference, torch.float32).to(device)
-        rows = [row for group in groups for row in group.rows]
         size = args.micro_batch_size * max(len(group.rows) for group in groups)
         logps = sequence_logps(policy, rows, tokenizer.pad_token_id, size, rank, world, device)
         if rank == 0:
-            path.write_text(json.dumps(logps))
-    else:
-        logps = json.loads(path.read_text())
+            path.with_suffix(".part").write_text(json.dumps({"data": data, "logps": logps}))
+            path.with_suffix(".part").rename(path)
     logps = iter(logps)
     for group in groups:
         group.ref_logp = [next(logps) for _ in group.rows]
@@ -455,10 +466,9 @@ class TextReward:
         self.model = RewardModel(model, self.decoder).to(device)
         self.bf16 = args.bf16
         # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
-        limit = getattr(config, "max_position_embeddings", None) or 10**9
-        self.limits = SimpleNamespace(
-            max_prompt_tokens=limit, max_response_tokens=limit, drop_long_prompts=args.drop_long_prompts
-        )
+        self.limit = getattr(config, "max_position_embeddings", None) or 10**9
+        part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
+        self.limits = SimpleNamespace(max_prompt_tokens=part, max_response_tokens=part, drop_long_prompts=False)
 
     def __call__(self, prompts: list, texts: list[str], complete: list[bool], batch_size: int = 64) -> list[float]:
         """One score per (prompt: string or messages, text); `complete` tells which texts came to an EOS."""
@@ -477,9 +487,10 @@ class TextReward:
                 sequences.append(encode_pair(self.tokenizer, prompt, text, where, self.limits))
                 continue
             ids, response = encode(self.tokenizer, {"prompt": prompt, "text": text}, "text", where, self.limits)
-            if ids is None:
-                stop(f"{where}: the prompt is too long for the reward model {self.name}")
             sequences.append(ids + (response if whole else response[:-1]))
+            if len(sequences[-1]) > self.limit:
+                stop(f"{where} has {len(sequences[-1])} tokens for the reward model {self.name}, which reads {self.limit}: "
+                     "lower --max_prompt_tokens or --max_response_tokens")  # fmt: skip
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = [0.0] * len(sequences)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -556,7 +567,9 @@ def stop(message: str):
     """A user's mistake: one line that says what to do, exit code 2."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    ended = SystemExit(2)
+    ended.message = message
+    raise ended
 
 
 # Copied from sft.parse_args
@@ -571,7 +584,7 @@ def parse_args(args_class, presets, argv=None, doc=""):
         if name not in presets:
             stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
         default = presets[name]
-    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
+    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}" if presets else doc
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):

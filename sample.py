@@ -262,10 +262,9 @@ class TextReward:
         self.model = RewardModel(model, self.decoder).to(device)
         self.bf16 = args.bf16
         # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
-        limit = getattr(config, "max_position_embeddings", None) or 10**9
-        self.limits = SimpleNamespace(
-            max_prompt_tokens=limit, max_response_tokens=limit, drop_long_prompts=args.drop_long_prompts
-        )
+        self.limit = getattr(config, "max_position_embeddings", None) or 10**9
+        part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
+        self.limits = SimpleNamespace(max_prompt_tokens=part, max_response_tokens=part, drop_long_prompts=False)
 
     def __call__(self, prompts: list, texts: list[str], complete: list[bool], batch_size: int = 64) -> list[float]:
         """One score per (prompt: string or messages, text); `complete` tells which texts came to an EOS."""
@@ -284,9 +283,10 @@ class TextReward:
                 sequences.append(encode_pair(self.tokenizer, prompt, text, where, self.limits))
                 continue
             ids, response = encode(self.tokenizer, {"prompt": prompt, "text": text}, "text", where, self.limits)
-            if ids is None:
-                stop(f"{where}: the prompt is too long for the reward model {self.name}")
             sequences.append(ids + (response if whole else response[:-1]))
+            if len(sequences[-1]) > self.limit:
+                stop(f"{where} has {len(sequences[-1])} tokens for the reward model {self.name}, which reads {self.limit}: "
+                     "lower --max_prompt_tokens or --max_response_tokens")  # fmt: skip
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = [0.0] * len(sequences)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -305,7 +305,7 @@ def read_parts(folder: Path, batches: list[list[int]]) -> dict[int, dict]:
     """{index of a prompt: its row} of what an earlier run wrote, whole batches only; the rest is cut off the files."""
     rows = {}
     for path in sorted(folder.glob("rank_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):  # not splitlines: text may hold other ends of line
             with contextlib.suppress(ValueError):  # a kill may cut the last line
                 row = json.loads(line)
                 rows[row["index"]] = row
@@ -353,6 +353,10 @@ def graded_row(prompt, drawn: list[tuple[str, float]], args) -> dict:
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
+    if min(args.n, args.best_of) < 1 or not args.temperature > 0 or not 0 < args.top_p <= 1:
+        stop("--n and --best_of must be 1 or more, --temperature above 0 (or --greedy), --top_p above 0 and at most 1")
+    if args.engine == "vllm" and world > 1:
+        stop("--engine vllm is one process, which takes its GPUs itself: run it without torchrun")
     if args.greedy and args.n * args.best_of > 1:
         stop("--greedy gives one response to a prompt: add --n 1 --best_of 1")
     missing(args.policy, "python sft.py")
@@ -373,8 +377,12 @@ def train(args: Args) -> Path:
     folder = open_folder(args, rank)
     rows = read_parts(folder / "parts", batches)
     barrier()  # every rank has read before one writes
+    if any(row["prompt"] != questions[i][0] for i, row in rows.items()):
+        stop(f"--resume: {args.data} holds other prompts than when {folder} was begun: name another --output_dir")
     if rank == 0:
         write_rows(folder / "parts" / "rank_0.jsonl", list(rows.values()))
+        for path in (folder / "parts").glob("rank_*[1-9].jsonl"):
+            path.unlink()
     barrier()
     part = folder / "parts" / f"rank_{rank}.jsonl"
     write, ends = {"generate": engine_generate, "generate_batch": engine_generate_batch, "vllm": engine_vllm}[
@@ -389,11 +397,16 @@ def train(args: Args) -> Path:
             asked = [questions[i] for i in batch for _ in range(per_prompt)]
             keys = [key_of(questions[i][2], j) for i in batch for j in range(per_prompt)]
             responses = write([ids for _, ids, _ in asked], keys)
-            texts = [tokenizer.decode([t for t in r if t not in ends], skip_special_tokens=True) for r in responses]
+            texts = [tokenizer.decode([t for t in r if t not in ends]) for r in responses]
             complete = [bool(r) and r[-1] in ends for r in responses]
-            scores = reward([prompt for prompt, *_ in asked], texts, complete)
-            if not all(map(math.isfinite, scores)):
-                stop(f"the reward model {args.reward_model} gave a score that is not finite")
+            try:
+                scores = reward([prompt for prompt, *_ in asked], texts, complete)
+                if not all(map(math.isfinite, scores)):
+                    stop(f"the reward model {args.reward_model} gave a score that is not finite")
+            except SystemExit as ended:  # what one rank alone meets, that rank must tell
+                if rank:
+                    print(f"error: {ended.message}", file=sys.stderr)
+                raise
             drawn = list(zip(texts, scores, strict=True))
             lines = [
                 {"index": i} | graded_row(questions[i][0], drawn[k * per_prompt : (k + 1) * per_prompt], args)
@@ -405,6 +418,7 @@ def train(args: Args) -> Path:
             bar.update(len(batch) * world)
             bar.set_postfix(tokens_per_second=f"{world * tokens / (time.time() - writing):.0f}", refresh=False)
     bar.close()
+    seconds, tokens = time.time() - writing, int(all_sum(torch.tensor(tokens, device=device)))
     barrier()
     graded = folder / "graded.jsonl"
     if rank == 0:
@@ -414,7 +428,7 @@ def train(args: Args) -> Path:
         write_rows(graded, [{k: v for k, v in rows[i].items() if k != "index"} for i in range(len(questions))])
         scores = [response["score"] for row in rows.values() for response in row["responses"]]
         summary = {"prompts": len(rows), "responses": len(scores), "score": sum(scores) / len(scores),
-                   "tokens_per_second": round(tokens / max(time.time() - writing, 1e-9)) if tokens else None,
+                   "tokens_per_second": round(tokens / max(seconds, 1e-9)) if tokens else None,
                    "seconds": round(time.time() - started, 1)}  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(
@@ -537,7 +551,9 @@ def stop(message: str):
     """A user's mistake: one line that says what to do, exit code 2."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    ended = SystemExit(2)
+    ended.message = message
+    raise ended
 
 
 # Copied from sft.parse_args
@@ -552,7 +568,7 @@ def parse_args(args_class, presets, argv=None, doc=""):
         if name not in presets:
             stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
         default = presets[name]
-    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
+    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}" if presets else doc
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
@@ -591,6 +607,14 @@ def init_distributed(args):
             os.environ.setdefault(name, str(value))
         deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30), verbose=False)
     return int(os.environ.get("RANK", 0)), world, device
+
+
+# Copied from sft.all_sum
+def all_sum(x):
+    """Sum over ranks, for logging."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 # Copied from sft.shuffled

@@ -171,7 +171,9 @@ def stop(message: str):
     """A user's mistake: one line that says what to do, exit code 2."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    ended = SystemExit(2)
+    ended.message = message
+    raise ended
 
 
 def parse_args(args_class, presets, argv=None, doc=""):
@@ -185,7 +187,7 @@ def parse_args(args_class, presets, argv=None, doc=""):
         if name not in presets:
             stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
         default = presets[name]
-    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
+    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}" if presets else doc
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):

@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import datetime
 import gzip
+import hashlib
 import importlib.util
 import io
 import json
@@ -132,12 +133,12 @@ PRESETS: dict[str, Args] = {
 # ---------------------------------------------------------------------------------------------------- the mathematics
 
 
-def calibration(log_ratio, reward, mask, gamma: float):
+def calibration(log_ratio, reward, mask, gamma: float, *, pairs: str = "upper"):
     """What the loss is about, for the log: (3,) sums of |s_i - s_j| and of misaligned pairs over the pairs i < j with
     different rewards, and the number of such pairs; all (B, n).
 
     A pair with r_i > r_j is misaligned where log_ratio_i <= log_ratio_j (appendix A.5); at pi = pi_sft all are."""
-    s = gamma * log_ratio - normalized_reward(reward, mask, ddof=0)
+    s = gamma * log_ratio - normalized_reward(reward, mask, ddof=1 if pairs == "full" else 0)
     first, second = torch.triu_indices(reward.shape[1], reward.shape[1], 1, device=reward.device)
     gap = reward[:, first] - reward[:, second]
     counts = mask[:, first] & mask[:, second] & (gap != 0)
@@ -182,7 +183,7 @@ def load_groups(tokenizer, args, name: str, split: str, pairs_too: bool = False)
             responses = row["responses"][: getattr(args, "n", 0) or None]
         else:
             stop(f"{where}: no field responses: graded rows are needed, `python sample.py` writes them")
-        found = Group(row["prompt"], [], [])
+        found = Group(row.get("prompt"), [], [])
         for response in responses:
             score = response.get("score")
             if not isinstance(score, (int, float)) or not math.isfinite(score):
@@ -199,7 +200,7 @@ def load_groups(tokenizer, args, name: str, split: str, pairs_too: bool = False)
     if not groups:
         stop(f"{name} ({split}) has no prompt with two responses or more to compare ({single} with one): "
              "draw more with `python sample.py --n 8`")  # fmt: skip
-    if single:
+    if single and int(os.environ.get("RANK", 0)) == 0:
         print(f"{single} prompts with one response are left out: there is nothing to compare it with")
     return groups
 
@@ -207,7 +208,7 @@ def load_groups(tokenizer, args, name: str, split: str, pairs_too: bool = False)
 def sequence_logps(policy, rows, pad_token_id: int, size: int, rank: int, world: int, device) -> list[float]:
     """log pi(y|x), summed over tokens, of (prompt ids, response ids) rows, shared out over the ranks."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    order += order[: -len(order) % world]  # every rank takes as many
+    order += (order * world)[: -len(order) % world]  # every rank takes as many
     found = []
     with torch.no_grad():
         for at in range(rank, len(order), size * world):
@@ -223,21 +224,27 @@ def sequence_logps(policy, rows, pad_token_id: int, size: int, rank: int, world:
 
 def add_reference(groups, engine, run, tokenizer, args, rank: int, world: int, device):
     """Gives every group the reference's log-probs: of the policy before its first step, or of --reference, which is
-    loaded for this alone. Kept in the run folder for --resume."""
+    loaded for this alone. Kept in the run folder for --resume, when the policy is no longer the reference."""
     path = run.folder / "ref_logp.json"
-    if not (args.resume and path.is_file()):
+    rows = [row for group in groups for row in group.rows]
+    data = hashlib.sha256(json.dumps([args.reference or args.policy, rows]).encode()).hexdigest()
+    if args.resume and path.is_file():
+        saved = json.loads(path.read_text())
+        if saved["data"] != data:
+            stop(f"--resume: data or reference are not those that {run.folder} was begun with: give the same flags, or "
+                 "another --output_dir")  # fmt: skip
+        logps = saved["logps"]
+    else:
         engine.module.eval()
         policy = engine
         if args.reference and args.reference != args.policy:
             reference = load_model("causal", args.reference, tokenizer, args, frozen=True)
             policy = Policy(reference, torch.float32).to(device)
-        rows = [row for group in groups for row in group.rows]
         size = args.micro_batch_size * max(len(group.rows) for group in groups)
         logps = sequence_logps(policy, rows, tokenizer.pad_token_id, size, rank, world, device)
         if rank == 0:
-            path.write_text(json.dumps(logps))
-    else:
-        logps = json.loads(path.read_text())
+            path.with_suffix(".part").write_text(json.dumps({"data": data, "logps": logps}))
+            path.with_suffix(".part").rename(path)
     logps = iter(logps)
     for group in groups:
         group.ref_logp = [next(logps) for _ in group.rows]
@@ -305,7 +312,7 @@ def train(args: Args) -> Path:
             sums += torch.cat(
                 [
                     (loss.detach() - least.sum() / len(batch))[None],
-                    calibration(log_ratio, reward, mask, args.gamma),
+                    calibration(log_ratio, reward, mask, args.gamma, pairs=args.pairs),
                     drift,
                 ]
             )
@@ -316,7 +323,7 @@ def train(args: Args) -> Path:
                 "loss": loss,  # above its floor
                 "pair_gap": gap / pairs,  # mean |s_i - s_j|: 0 when calibrated
                 "misaligned": misaligned / pairs,
-                "kl": kl / len(batch),  # KL(policy || reference) on these responses, log n at most
+                "reweighted_kl": kl / len(batch),  # KL(policy || reference) on these responses, log n at most
                 "forward_kl": drift / responses,  # KL(reference || policy)
                 "learning_rate": engine.rate,
                 "grad_norm": grad_norm,
@@ -350,7 +357,9 @@ def stop(message: str):
     """A user's mistake: one line that says what to do, exit code 2."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    ended = SystemExit(2)
+    ended.message = message
+    raise ended
 
 
 # Copied from sft.parse_args
@@ -365,7 +374,7 @@ def parse_args(args_class, presets, argv=None, doc=""):
         if name not in presets:
             stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
         default = presets[name]
-    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
+    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}" if presets else doc
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):

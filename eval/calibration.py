@@ -6,7 +6,8 @@ The policy answers each prompt n times at temperature 1; a reward model scores t
 the reference, summed over tokens.
 
     KL            k1: mean of log pi - log pi_ref; k3: mean over answers of sum_t (exp(-d_t) - 1 + d_t), d_t the token's
-                  log-ratio (Schulman 2020): the same expectation, never negative, less noise         `kl_estimates`
+                  log-ratio (Schulman 2020): the same expectation, never negative, less noise near the reference
+                  and more, by its exponential, far from it                                           `kl_estimates`
     misalignment  share of answer pairs with r_1 > r_2 whose log-ratios are not in that order (VCB, appendix A.5);
                   undefined for the reference itself                                                  `misalignment_rate`
     best of n     expected reward of the best of n answers *of the reference*, by order statistics over all it gave, and
@@ -63,19 +64,21 @@ class Args:
     """bfloat16 weights and products (GPU)"""
     trust_remote_code: bool = False
     """allow code that comes with a hub model"""
-    temperature: float = 1.0
-    """of sampling; log-probs are always at 1, so the KL is only unbiased at 1"""
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics
 
 
-def kl_estimates(log_ratio: torch.Tensor, mask: torch.Tensor) -> dict:
-    """k1 and k3 of KL(policy || reference) per sequence, from per-token log-ratios (B, T) on the policy's own samples."""
+def kl_estimates(log_ratio: torch.Tensor, mask: torch.Tensor, n: int = 1) -> dict:
+    """k1 and k3 of KL(policy || reference) per sequence, from per-token log-ratios (B, T) on the policy's own samples, n
+    for each prompt; the standard errors are over prompts."""
     d = torch.where(mask, log_ratio.double(), 0)
-    k1, k3 = d.sum(1), ((-d).exp() - 1 + d).sum(1)
-    error = k3.std().item() / math.sqrt(len(k3)) if len(k3) > 1 else math.nan
-    return {"k1": k1.mean().item(), "k3": k3.mean().item(), "k3_standard_error": error}
+    found = {}
+    for name, x in (("k1", d.sum(1)), ("k3", ((-d).exp() - 1 + d).sum(1))):
+        by_prompt = x.view(-1, n).mean(1)
+        error = by_prompt.std().item() / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.nan
+        found |= {name: x.mean().item(), f"{name}_standard_error": error}
+    return found
 
 
 def misalignment_rate(log_ratio, reward) -> float | None:
@@ -130,11 +133,11 @@ class Model:
 
     def answers(self, prompts, ids, n: int, seed: int, batch_size: int) -> list[list[int]]:
         """n answers (token ids) to each prompt, prompt by prompt, by the noise of sample.py."""
-        jobs = [
-            (i, sample.key_of(sample.key_of(seed, json.dumps(p), 1), j))
-            for p, i in zip(prompts, ids, strict=True)
-            for j in range(n)
-        ]
+        jobs, seen = [], {}
+        for prompt, i in zip(prompts, ids, strict=True):
+            text = json.dumps(prompt)
+            seen[text] = seen.get(text, 0) + 1
+            jobs += [(i, sample.key_of(sample.key_of(seed, text, seen[text]), j)) for j in range(n)]
         found = []
         for at in tqdm(range(0, len(jobs), batch_size), desc="sampling", mininterval=2, leave=False):
             some = jobs[at : at + batch_size]
@@ -157,7 +160,7 @@ class Model:
 
 def texts_of(responses, ends, tokenizer) -> tuple[list[str], list[bool]]:
     """Texts without EOS, and which of them came to one."""
-    texts = [tokenizer.decode([t for t in r if t not in ends], skip_special_tokens=True) for r in responses]
+    texts = [tokenizer.decode([t for t in r if t not in ends]) for r in responses]
     return texts, [bool(r) and r[-1] in ends for r in responses]
 
 
@@ -167,7 +170,7 @@ def measure(model: Model, reference: Model, prompts, ids, n: int, seed: int, rew
     responses = model.answers(prompts, ids, n, seed, batch_size)
     asked, repeated = ([x for x in xs for _ in range(n)] for xs in (prompts, ids))
     texts, complete = texts_of(responses, model.ends, model.tokenizer)
-    d = model.log_probs(repeated, responses) - reference.log_probs(repeated, responses)
+    d = model.log_probs(repeated, responses, batch_size) - reference.log_probs(repeated, responses, batch_size)
     lengths = torch.tensor([len(r) for r in responses])
     mask = torch.arange(d.shape[1]) < lengths[:, None]
     found = {name: np.reshape(reward(asked, texts, complete), (-1, n)) for name, reward in rewards.items()}
@@ -177,7 +180,7 @@ def measure(model: Model, reference: Model, prompts, ids, n: int, seed: int, rew
             name: {"mean": float(r.mean()), "ci95": interval(r.mean(1)), "std": float(r.std())}
             for name, r in found.items()
         },
-        "kl": kl_estimates(d, mask),
+        "kl": kl_estimates(d, mask, n),
         "misaligned": {name: misalignment_rate(log_ratio, r) for name, r in found.items()},
         "length": {
             "mean": float(lengths.float().mean()),

@@ -45,7 +45,7 @@ def grade_policy(folder, reference, prompts, ids, rewards, args, seed: int, n: i
         "gold": found["reward"]["gold"],
         "malformed": float(np.mean([bad for bad, _ in parsed])),
         "clauses": float(np.mean([clauses for _, clauses in parsed])),
-        "kl": found["kl"]["k3"],
+        "kl": found["kl"]["k1"],
         "length": found["length"]["mean"],
         "length_quartiles": found["length"]["quartiles"],
         "misaligned_gold": found["misaligned"]["gold"],
@@ -63,6 +63,7 @@ def frontier(run: Path, reference, prompts, ids, rewards, args, seed: int) -> li
     for folder in sorted((run / "snapshots").glob("step_*[0-9]")):
         row, _ = grade_policy(folder, reference, prompts, ids, rewards, args, seed, POINTS)
         point = {"step": int(folder.name.split("_")[1]), "kl": row["kl"], "gold": row["gold"]["mean"]}
+        point["gold_ci95"] = row["gold"]["ci95"]
         points.append(point | ({"proxy": row["proxy"]["mean"]} if "proxy" in row else {}))
     return points
 

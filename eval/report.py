@@ -269,7 +269,8 @@ def draw_frontier(frontier: dict, best_of_n: list, ink: str) -> Figure:
 def frontier_lines(results: dict) -> dict:
     """Method -> its points from the SFT policy to the final one."""
     point = lambda row: (
-        {"kl": row["kl"], "gold": row["gold"]["mean"]} | ({"proxy": row["proxy"]["mean"]} if "proxy" in row else {})
+        {"kl": row["kl"], "gold": row["gold"]["mean"], "gold_ci95": row["gold"]["ci95"]}
+        | ({"proxy": row["proxy"]["mean"]} if "proxy" in row else {})
     )
     methods = results["methods"]
     start = [point(methods["sft"])] if "sft" in methods else []
@@ -281,13 +282,13 @@ def frontier_lines(results: dict) -> dict:
 
 
 def over_optimised(frontier: dict) -> list[tuple[str, float, float]]:
-    """(method, fall of gold, rise of proxy) from the point of highest gold to the last one, where proxy went on rising and
-    gold fell by more than 0.05."""
+    """(method, fall of gold, rise of proxy) from the point of highest gold to the last one, where the proxy rose and gold
+    fell so far that their 95 % intervals do not meet: the highest of several noisy points is always a little too high."""
     found = []
     for name, points in frontier.items():
         if all("proxy" in point for point in points):
             best, last = max(points, key=lambda point: point["gold"]), points[-1]
-            if best["gold"] - last["gold"] > 0.05 and last["proxy"] > best["proxy"]:
+            if best["gold_ci95"][0] > last["gold_ci95"][1] and last["proxy"] > best["proxy"]:
                 found.append((name, best["gold"] - last["gold"], last["proxy"] - best["proxy"]))
     return found
 
@@ -441,7 +442,7 @@ def frontier_section(frontier: dict, best_of_n: list) -> Raw:
             + "; ".join(f"{name} (gold {num(-fall)}, proxy {num(rise, 2, True)} since its best point)" for name, fall, rise in found)
             + "."
             if found
-            else "No method over-optimised the proxy within its run: gold reward did not fall while the proxy rose."
+            else "No method over-optimised the proxy within its run: gold reward did not fall, beyond its noise, while the proxy rose."
         )  # fmt: skip
         parts.append(p(text))
     return section("frontier", "Reward against KL", *parts)

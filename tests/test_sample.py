@@ -157,7 +157,7 @@ def test_greedy_is_generates_own(home, tmp_path):
         out = model.generate(
             chat, attention_mask=torch.ones_like(chat), do_sample=False, max_new_tokens=10, pad_token_id=0
         )[0, chat.shape[1] :]
-        assert row["responses"][0]["text"] == tokenizer.decode(out, skip_special_tokens=True)
+        assert row["responses"][0]["text"] == tokenizer.decode([t for t in out.tolist() if t != tokenizer.eos_token_id])
 
 
 def test_best_of(home, tmp_path):
@@ -191,6 +191,24 @@ def test_resume_after_a_cut_file_is_the_same_file(home, tmp_path):
         (folder / "args.json").write_text((tmp_path / "a/args.json").read_text().replace("/a", f"/b{keep}"))
         (folder / "parts/rank_0.jsonl").write_text("".join(lines[:keep]) + tail)
         assert run(home, folder, resume=True).read_bytes() == whole.read_bytes()
+
+
+def test_any_character_survives_a_resume(home, tmp_path):
+    """Unicode's own ends of line inside a text, and a line cut within a character."""
+    rows = [{"index": i, "prompt": f"a\u2028b\u0085 {i} é", "responses": []} for i in range(3)]
+    lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
+    (tmp_path / "rank_0.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][: lines[2].index("é".encode()) + 1])
+    assert list(sample.read_parts(tmp_path, [[0], [1], [2]]).values()) == rows[:2]
+
+
+def test_resume_with_other_prompts_is_refused(home, tmp_path, capsys):
+    data = tmp_path / "p.jsonl"
+    data.write_text((home / "prompts.jsonl").read_text())
+    run(home, tmp_path / "a", data=str(data))
+    data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+    with pytest.raises(SystemExit):
+        run(home, tmp_path / "a", data=str(data), resume=True)
+    assert "holds other prompts" in capsys.readouterr().err
 
 
 def test_killed_and_resumed(home, tmp_path):
@@ -276,6 +294,9 @@ def test_vllm_is_asked_for_the_same(home, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- mistakes
 @pytest.mark.parametrize("options, message", [
     ({"greedy": True}, "--n 1"),
+    ({"temperature": 0.0}, "--temperature above 0"),
+    ({"n": 0}, "1 or more"),
+    ({"top_p": 0.0}, "--top_p above 0"),
     ({"reward_model": "gold"}, "toy world only"),
     ({"reward_model": "two"}, "not a reward model with one score"),
     ({"reward_model": "policy"}, "not a reward model with one score"),
@@ -298,7 +319,7 @@ def test_a_long_prompt_for_the_reward_model_is_told(home, tmp_path, capsys):
     rewards = sample.TextReward(str(home / "rm"), settings(home, tmp_path), torch.device("cpu"))
     with pytest.raises(SystemExit):
         rewards(["soup " * 600], ["it is ."], [True])
-    assert "more than" in capsys.readouterr().err
+    assert "tokens for the reward model" in capsys.readouterr().err
 
 
 def test_sft_reads_what_it_writes(home, tmp_path):

@@ -97,7 +97,7 @@ def test_threshold():
 def test_reference_logps_are_those_of_the_policy_before_the_first_step(home, tmp_path):
     """Also of a longer batch, and of responses of every length; kept for --resume."""
     folder = run(vcb, home, tmp_path / "vcb", steps=2, batch_size=4, micro_batch_size=3)
-    cached = json.loads((folder / "ref_logp.json").read_text())
+    cached = json.loads((folder / "ref_logp.json").read_text())["logps"]
     args = vcb.Args(policy=str(home / "policy"))
     tokenizer = sft.load_tokenizer(args.policy, args)
     policy = sft.Policy(sft.load_model("causal", args.policy, tokenizer, args))
@@ -112,7 +112,7 @@ def test_reference_logps_are_those_of_the_policy_before_the_first_step(home, tmp
 def test_first_step_is_at_the_reference(home, tmp_path):
     """Before any update: no KL, every pair misaligned, and the loss is that of equal log-ratios."""
     first = metrics(run(vcb, home, tmp_path / "vcb", steps=1, batch_size=10, gamma=0.5))[0]
-    assert first["kl"] == pytest.approx(0, abs=1e-5) and first["forward_kl"] == pytest.approx(0, abs=1e-5)
+    assert first["reweighted_kl"] == pytest.approx(0, abs=1e-5) and first["forward_kl"] == pytest.approx(0, abs=1e-5)
     assert first["loss"] > 0 and first["pair_gap"] > 0
     assert metrics(run(dpo, home, tmp_path / "dpo", steps=1, batch_size=10))[0]["loss"] == pytest.approx(
         math.log(2), abs=1e-5
@@ -125,7 +125,7 @@ def test_first_step_is_at_the_reference(home, tmp_path):
 def test_vcb_learns(home, tmp_path, options):
     rows = metrics(run(vcb, home, tmp_path / "out", epochs=25, batch_size=10, learning_rate=3e-3, **options))
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"] and rows[-1]["misaligned"] < 0.2
-    assert rows[-1]["kl"] > 0.05
+    assert rows[-1]["reweighted_kl"] > 0.05
 
 
 @pytest.mark.parametrize("options", [{}, {"loss": "ipo"}, {"loss": "slic"}, {"loss": "rrhf"}, {"pair_selection": "best_worst"},
@@ -209,8 +209,8 @@ def test_reference_other_than_the_policy(home, tmp_path):
                     batch_size=10, output_dir=str(tmp_path / "out"))  # fmt: skip
     first = metrics(vcb.train(args).parent)[0]
     assert abs(first["forward_kl"]) > 1e-2
-    before = json.loads((tmp_path / "moved" / "ref_logp.json").read_text())
-    assert json.loads((tmp_path / "out" / "ref_logp.json").read_text()) == pytest.approx(before, abs=1e-4)
+    logps = [json.loads((tmp_path / x / "ref_logp.json").read_text())["logps"] for x in ("moved", "out")]
+    assert logps[0] == pytest.approx(logps[1], abs=1e-4)
 
 
 def test_eval_as_reward_model(home, tmp_path):
@@ -224,6 +224,28 @@ def test_eval_as_reward_model(home, tmp_path):
     assert found[0]["explicit_accuracy"] == found[1]["explicit_accuracy"] and found[0]["eval_pairs"] > 30
 
 
+@pytest.mark.parametrize("script", [vcb, dpo])
+def test_resume_with_other_data_is_refused(home, tmp_path, capsys, script):
+    """The policy is no longer the reference: log-probs of other rows could not be had."""
+    run(script, home, tmp_path / "o", steps=2, batch_size=4, save_every=1)
+    rows = (home / "graded.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "less.jsonl").write_text("".join(rows[1:]))
+    args = script.Args(
+        policy=str(home / "policy"), data=str(tmp_path / "less.jsonl"), output_dir=str(tmp_path / "o"), resume=True
+    )
+    with pytest.raises(SystemExit):
+        script.train(args)
+    assert "data or reference are not those" in capsys.readouterr().err
+
+
+def test_calibration_is_0_at_the_optimum_of_each_form(home):
+    """Log-ratios r / (gamma sigma), with the form's own standard deviation."""
+    reward, mask = torch.tensor([[0.3, 1.0, -0.5, 0.2]], dtype=torch.float64), torch.ones(1, 4, dtype=torch.bool)
+    for pairs, ddof in (("upper", 0), ("full", 1), ("mean", 0)):
+        ratio = reward / (0.35 * reward.std(correction=ddof))
+        assert vcb.calibration(ratio, reward, mask, 0.35, pairs=pairs)[:2].abs().max() < 1e-12
+
+
 # -------------------------------------------------------------------------------------------------------------- mistakes
 MISTAKES = [
     ([{"prompt": "is the soup any good ?", "completion": "it is ."}], "graded rows are needed"),
@@ -233,6 +255,7 @@ MISTAKES = [
         "not a finite number",
     ),
     ([{"prompt": "is the soup any good ?", "responses": [{"text": "it is ."}] * 2}], "field score is None"),
+    ([{"responses": [{"text": "it is .", "score": 1}, {"text": "no", "score": 2}]}], "field prompt is missing"),
     (
         [{"prompt": "is the soup any good ?", "responses": [{"text": "it is .", "score": "5"}] * 2}],
         "not a finite number",
@@ -269,6 +292,21 @@ def test_one_score_for_all_has_no_order(home, tmp_path, capsys):
     # VCB keeps such a prompt: the normalised reward is 0, the loss finite
     folder = vcb.train(vcb.Args(policy=str(home / "policy"), data=data, output_dir=str(tmp_path / "v"), steps=2)).parent
     assert all(math.isfinite(row["loss"]) for row in metrics(folder))
+
+
+def test_mistakes_in_the_evaluation_are_told_before_training(home, tmp_path, capsys):
+    same = [{"prompt": "is the soup any good ?", "responses": [{"text": t, "score": 1} for t in ("it is .", "no .")]}]
+    tied = str(write(tmp_path / "d.jsonl", same))
+    graded = str(home / "graded.jsonl")
+    for options, message in (
+        ({"eval_as_reward_model": tied}, "no pair has an order"),
+        ({"eval_as_reward_model": graded, "reward_model": "runs/nothere"}, "python rm.py"),
+        ({"eval_as_reward_model": graded, "reward_model": str(home / "two")}, "one score"),
+        ({"loss": "ipo", "length_penalty": 0.1}, "--length_penalty belongs"),
+    ):
+        with pytest.raises(SystemExit):
+            run(dpo, home, tmp_path / "o", **options)
+        assert message in capsys.readouterr().err and not (tmp_path / "o").exists()
 
 
 def test_rest_quantiles(home, tmp_path, capsys):
