@@ -228,16 +228,24 @@ class GumbelNoise:
     """A logits processor under which greedy decoding samples exactly from softmax(logits / temperature).
 
     Noise is drawn for the rollout's rows of all ranks and each rank takes its own, so a rollout does not depend on how
-    many ranks share it."""
+    many ranks share it. The log-probs of what it samples are kept, to be compared with those that training computes."""
 
     def __init__(self, seed: str, temperature: float, rows: slice, total: int, device):
         self.generator = torch.Generator(device).manual_seed(random.Random(seed).getrandbits(62))
-        self.temperature, self.rows, self.total = temperature, rows, total
+        self.temperature, self.rows, self.total, self.logp = temperature, rows, total, []
 
     def __call__(self, input_ids, scores):
         noise = torch.empty(self.total, scores.shape[-1], device=scores.device)
         noise.exponential_(generator=self.generator)
-        return scores.float() / self.temperature - noise[self.rows].log()
+        scores = scores.float() / self.temperature
+        noisy = scores - noise[self.rows].log()
+        token = noisy.argmax(-1, keepdim=True)
+        self.logp.append(scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True))
+        return noisy
+
+    def sampled(self, width: int):
+        """(rows, width) log-probs of the sampled tokens as generation computed them; they go on behind a row's end."""
+        return torch.nn.functional.pad(torch.cat(self.logp, 1), (0, width - len(self.logp)))
 
 
 def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[list[int]]:
@@ -486,6 +494,7 @@ def train(args: Args) -> Path:
         lengths = torch.tensor([len(response) for response in responses], device=device)
         mask = torch.arange(width, device=device) < lengths[:, None]
         kl = old_logp - ref_logp
+        gap = (gather_rows(noise.sampled(width), world) - old_logp).abs() * mask
         advantage = advantages(
             values, kl, mask, advantage=args.advantage, discount=args.discount, lam=args.lam,
             kl_coef=run.state["kl_coef"] if args.kl_in == "reward" else 0.0,
@@ -531,6 +540,8 @@ def train(args: Args) -> Path:
             "kl": kl_mean,
             "kl_coef": run.state["kl_coef"],
             "entropy": -(old_logp * mask).sum() / tokens,
+            "logp_gap_mean": gap.sum() / tokens,  # of generation and training: cached keys, rounding
+            "logp_gap_max": gap.max(),
             "credit_share": (increments(values, mask, discount=args.discount).square().sum() / tokens) / spread,
             "length": lengths.float().mean(),
             "eos_share": sum(r[-1] in policy.ends for r in responses) / len(responses),
