@@ -211,9 +211,10 @@ def critic_loss(values, old_values, returns, mask, normalizer, *, clip: float = 
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns) over the tokens: 0 for a constant critic, 1 for a perfect one."""
-    (error, spread) = ((x[mask] - x[mask].mean()).square().sum() for x in (returns - values, returns))
-    return 1 - error / spread.clamp(min=1e-12)
+    """1 - Var(returns - values) / Var(returns) over the tokens: 1 for a perfect critic, 0 for a constant one, and where
+    all returns are equal."""
+    error, spread = ((x[mask] - x[mask].mean()).square().mean() for x in (returns - values, returns))
+    return torch.where(spread > 1e-8, 1 - error / spread, 0)
 
 
 # Copied from dvpo.kl_controller
@@ -388,6 +389,8 @@ def train(args: Args) -> Path:
     if args.rollout_batch_size % world or args.rollout_batch_size % args.batch_size:
         stop(f"--rollout_batch_size {args.rollout_batch_size} must be a multiple of --batch_size {args.batch_size} and of "
              f"the number of ranks, {world}")  # fmt: skip
+    if args.best_of < 1:
+        stop(f"--best_of {args.best_of}: it must be 1 or more")
     missing(args.policy, "python sft.py")
     tokenizer = load_tokenizer(args.policy, args)
     if args.critic:

@@ -112,7 +112,7 @@ def build(folder: Path, settings: dict):
     head = config.vocab_size * config.hidden_size
     tau = {"tau_pairs": 1, "tau_tokens": 2 * (length + settings["response_tokens"])}
     for name, kind, extra in (("rm", "Sequence", {"reward_mean": 0.0, "reward_std": 1.0}), ("gvm", "Token", tau)):
-        auto = getattr(transformers, f"Llama{'For'}{kind}Classification")
+        auto = getattr(transformers, f"LlamaFor{kind}Classification")
         model = auto.from_pretrained(folder / "policy", num_labels=1, dtype=dtype)
         if name == "gvm" and settings["share_backbone"]:
             args = SimpleNamespace(lora_r=8, lora_alpha=32, lora_dropout=0.0)

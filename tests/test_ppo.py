@@ -143,6 +143,7 @@ def test_explained_variance():
     assert float(ppo.explained_variance(returns + 3, returns, mask)) == pytest.approx(1)  # but for an offset
     assert float(ppo.explained_variance(torch.full_like(returns, 2.0), returns, mask)) == pytest.approx(0)
     assert float(ppo.explained_variance(-returns, returns, mask)) == pytest.approx(-3)
+    assert float(ppo.explained_variance(returns, torch.full_like(returns, -1.5), mask)) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- rollout, the critic
@@ -171,6 +172,37 @@ def test_the_critic_starts_at_zero_and_reads_the_state_before_each_token():
             assert found[i].tolist() == pytest.approx(expected + [0.0] * (6 - len(expected)), abs=1e-5)
         changed = [(prompt, [*response[:-1], 3]) for prompt, response in rows[:3]]  # V(s_T) has not seen y_T
         assert torch.allclose(critic(ppo.collate(changed, 0)), found[:3], atol=1e-6)
+
+
+def test_a_critic_learns_to_predict_the_return():
+    from transformers import LlamaForTokenClassification
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    critic, rng = ppo.Critic(LlamaForTokenClassification(toy.config(**small, num_labels=1))), random.Random(0)
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=3e-3)
+
+    def rollout(n=32):
+        """The reward tells whether more of the prompt and the response are large ids than small ones."""
+        rows = [[[rng.randint(5, 90) for _ in range(rng.randint(2, 6))] for _ in range(2)] for _ in range(n)]
+        reward = torch.tensor([sum(1 if t > 47 else -1 for t in p + r) / len(p + r) for p, r in rows])
+        batch = ppo.collate(rows, 0)
+        mask = batch.response_mask
+        return batch, ppo.token_rewards(reward, torch.zeros(mask.shape), mask), mask
+
+    found = []
+    for _ in range(60):
+        batch, rewards, mask = rollout()
+        with torch.no_grad():
+            old = critic(batch)
+        found.append(float(ppo.explained_variance(old, ppo.discounted_sum(rewards, 1.0), mask)))
+        returns = ppo.gae(rewards, old, mask)[1]
+        for _ in range(2):
+            loss, _ = ppo.critic_loss(critic(batch), old, returns, mask, int(mask.sum()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert found[0] == pytest.approx(0, abs=1e-6) and sum(found[-10:]) / 10 > 0.5, found
 
 
 def test_score_tokens_gives_each_row_its_own_in_order():
