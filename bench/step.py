@@ -171,11 +171,15 @@ def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def script(algo: str) -> str:
+    return {"dvpo": "dvpo", SHARED: "dvpo", "ppo": "ppo"}.get(algo, "reinforce")
+
+
 def imported(algo: str, settings: dict):
     """The script that has the method, with everything imported that its run imports."""
     import transformers
 
-    module = importlib.import_module({"dvpo": "dvpo", "ppo": "ppo"}.get(algo.split(",")[0], "reinforce"))
+    module = importlib.import_module(script(algo))
     importlib.import_module("transformers.models.llama.modeling_llama")
     assert transformers.AutoModelForCausalLM and transformers.AutoTokenizer and transformers.GenerationMixin
     if settings["zero_stage"] or settings["nproc"] > 1:
@@ -263,7 +267,7 @@ def arithmetic(algo: str, settings: dict, size: dict) -> dict:
     n, p, t = settings["rollout_batch_size"], settings["prompt_tokens"], settings["response_tokens"]
     body, policy = size["body"] * (p + t), size["body"] * (p + t) + size["head"] * t  # per response; weights x tokens
     with_tau = size["body"] * 2 * (p + t)
-    others = {"ppo": 2 * body}.get(algo, with_tau if algo.startswith("dvpo") else body * (2 if algo == "remax" else 1))
+    others = {"dvpo": with_tau, SHARED: with_tau, "ppo": 2 * body, "remax": 2 * body}.get(algo, body)
     trained = policy + (body if algo == "ppo" else 0)
     return {
         "rollout": 2 * n * policy * (2 if algo == "remax" else 1),
@@ -316,7 +320,7 @@ def measure(algo: str, folder: Path, settings: dict, size: dict, rate: float | N
         "rounds": rounds,
     }
     if rate:
-        needed = arithmetic(algo.split(",")[0], settings, size)
+        needed = arithmetic(algo, settings, size)
         row["share_of_peak"] = {
             phase: round(needed[phase] / settings["nproc"] / seconds[phase] / rate, 3) for phase in PHASES
         }
