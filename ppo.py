@@ -146,9 +146,10 @@ class Args:
 
 # Steps, rollouts and epochs of the comparison in the DVPO paper (Table 3); it names no rate of the critic.
 _paper = Args(
-    data="openbmb/UltraFeedback", split="train[80%:]", steps=600, learning_rate=2e-6,
-    critic_learning_rate=9e-6, rollout_batch_size=64, batch_size=32, micro_batch_size=2, ppo_epochs=4, kl_coef=0.2, kl_target=0.1, max_prompt_tokens=1024, max_response_tokens=1024,
-    drop_long_prompts=True, gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=50,
+    data="openbmb/UltraFeedback", split="train[80%:]", steps=600, learning_rate=2e-6, critic_learning_rate=9e-6,
+    rollout_batch_size=64, batch_size=32, micro_batch_size=2, ppo_epochs=4, kl_coef=0.2, kl_target=0.1,
+    max_prompt_tokens=1024, max_response_tokens=1024, drop_long_prompts=True, gradient_checkpointing=True, bf16=True,
+    zero_stage=1, save_every=50,
 )  # fmt: skip
 PRESETS: dict[str, Args] = {
     "llama3.2-3b": dataclasses.replace(_paper),
