@@ -74,9 +74,9 @@ class Args:
     """seed of sampling, prompt order and minibatches"""
     steps: int = 100
     """rollouts; each is followed by ppo_epochs passes over it"""
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     """learning rate of the policy's AdamW, constant after warm-up"""
-    critic_learning_rate: float = 1e-3
+    critic_learning_rate: float = 5e-4
     """learning rate of the critic's AdamW, with the same warm-up"""
     warmup_steps: int = 0
     """optimizer steps of linear warm-up"""
@@ -104,7 +104,7 @@ class Args:
     """the MDP's discount factor per token"""
     lam: float = 0.95
     """lambda of gae"""
-    kl_coef: float = 0.05
+    kl_coef: float = 0.1
     """beta, the strength of the KL, in units of the standardised reward"""
     kl_target: float = 0.0
     """adapt beta towards this KL per sequence, in nats; 0 keeps beta fixed"""
