@@ -503,11 +503,11 @@ def train(args: Args) -> Path:
 
         loss_sum, clipped_sum = torch.zeros((), device=device), torch.zeros((), device=device)
         for epoch in range(args.ppo_epochs):
-            shuffle = shuffled(len(answers), args.seed, f"{step}/{epoch}")
-            for first in range(0, len(answers), args.batch_size):
+            shuffle = shuffled(len(responses), args.seed, f"{step}/{epoch}")
+            for first in range(0, len(responses), args.batch_size):
                 batch = [(prompts[i], responses[i], i) for i in shuffle[first : first + args.batch_size]]
                 tokens = sum(len(response) for _, response, _ in batch)
-                update = ((step * args.ppo_epochs + epoch) * len(answers) + first) // args.batch_size
+                update = ((step * args.ppo_epochs + epoch) * len(responses) + first) // args.batch_size
                 engine.set_rate(args.learning_rate * schedule(update, 1, args.warmup_steps, "constant"))
                 for micro in micro_batches(batch, rank, world, args):
                     inputs = collate([row[:2] for row in micro], tokenizer.pad_token_id).to(device)
@@ -523,13 +523,13 @@ def train(args: Args) -> Path:
                 grad_norm = engine.step()
         clock.append(time.time())
 
-        kl_mean = (kl * mask).sum() / len(answers)
+        kl_mean = (kl * mask).sum() / len(responses)
         if args.kl_target:
             run.state["kl_coef"] = kl_controller(
                 run.state["kl_coef"],
                 float(kl_mean),
                 target=args.kl_target,
-                episodes=len(answers),
+                episodes=len(responses),
                 horizon=args.kl_horizon,
             )
         tokens, q = mask.sum(), values[:, 1:]
@@ -545,7 +545,7 @@ def train(args: Args) -> Path:
             "credit_share": (increments(values, mask, discount=args.discount).square().sum() / tokens) / spread,
             "length": lengths.float().mean(),
             "eos_share": sum(r[-1] in policy.ends for r in responses) / len(responses),
-            "loss": all_sum(loss_sum) / args.ppo_epochs / (len(answers) / args.batch_size),
+            "loss": all_sum(loss_sum) / args.ppo_epochs / (len(responses) / args.batch_size),
             "clipped_share": all_sum(clipped_sum) / tokens / args.ppo_epochs,
             "grad_norm": grad_norm,
             "rollout_seconds": rollout,

@@ -513,7 +513,7 @@ def train(args: Args) -> Path:
             "entropy": -(old_logp * mask).sum() / tokens,
             "logp_gap_mean": gap.sum() / tokens,  # of generation and training: cached keys, rounding
             "logp_gap_max": gap.max(),
-            "value": values[:, 0].mean(),
+            "start_value": values[:, 0].mean(),  # V(s_1), what the critic expects of these prompts
             "explained_variance": explained_variance(values, to_come, mask),
             "length": lengths.float().mean(),
             "eos_share": sum(complete) / len(complete),
