@@ -87,7 +87,7 @@ class Args:
     rollout_batch_size: int = 64
     """responses per rollout, over all ranks"""
     best_of: int = 1
-    """sample so many responses to a prompt and keep the one with the highest reward"""
+    """sample so many responses to a prompt and keep the one with the highest reward, no longer a draw of the policy itself"""
     batch_size: int = 32
     """responses per optimizer step of policy and critic, over all ranks"""
     micro_batch_size: int = 64

@@ -196,7 +196,7 @@ def worker(algo: str, folder: Path, settings: dict):
     module, rank = imported(algo, settings), int(os.environ.get("RANK", 0))
     found = folder / f"memory_{rank}.json"
     if settings["empty"]:
-        found.write_text(json.dumps(0 if torch.cuda.is_available() else peak()))
+        found.write_text(json.dumps(peak()))
         return
     load, restore = module.load_model, module.Run.restore
 
@@ -295,7 +295,7 @@ def product_rate() -> float | None:
 
 
 def measure(algo: str, folder: Path, settings: dict, size: dict, rate: float | None) -> dict:
-    empty = spawn(algo, folder, settings | {"empty": True, "nproc": 1})[0]
+    empty = 0 if rate else spawn(algo, folder, settings | {"empty": True, "nproc": 1})[0]
     memory = max(spawn(algo, folder, settings | {"empty": False})) - empty
     run = folder / "run"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][settings["warmup"] :]

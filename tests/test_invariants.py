@@ -357,6 +357,8 @@ RANKS = {  # name -> script, settings: what one process and two must do alike
 STAGES = {f"{script}_stage_{stage}": (script, {"policy": "brief", "micro_batch_size": 2, "zero_stage": stage, **settings})
           for script, settings in (("dvpo", {}), ("ppo", {"best_of": 2})) for stage in range(4)}  # fmt: skip
 
+RESUMED_RANKS = ("sft_1", "dvpo_1", "ppo_stage_2")
+
 
 def ranks_main(home: Path):
     """All of RANKS on this rank; what the rollouts sampled, and what a resumed run gives, go into the run folders."""
@@ -367,8 +369,8 @@ def ranks_main(home: Path):
             module.gather_lists = lambda x, world, sampled=sampled: sampled.append(gather(x, world)) or sampled[-1]
         folder = run(home, script, f"ranks/{name}", **settings)
         (folder / f"sampled_{os.environ['RANK']}.json").write_text(json.dumps(sampled))
-    for name in ("sft_1", "dvpo_1"):
-        script, settings = RANKS[name]
+    for name in RESUMED_RANKS:
+        script, settings = (RANKS | STAGES)[name]
         interrupted(home, script, f"ranks/{name}_resumed", 3, **settings)
         run(home, script, f"ranks/{name}_resumed", save_every=2, resume=True, **settings)
 
@@ -432,7 +434,12 @@ def test_all_zero_stages_do_what_one_process_does(home, tmp_path, two_ranks, scr
     assert_trained(home, one)
     for stage in range(4):
         two = two_ranks / f"{script}_stage_{stage}"
-        same_metrics(metrics(one), metrics(two))
+        rows = metrics(two)
+        same_metrics(metrics(one), rows)
+        assert (
+            abs(rows[0]["kl"]) < 1e-5 < 1e-3 < abs(rows[-1]["kl"])
+        )  # the policy starts as the reference and leaves it
+        assert max(row["logp_gap_max"] for row in rows) < 1e-4  # what generates is what is trained
         assert distance(one, two) < 2e-5
 
 
@@ -445,7 +452,7 @@ def test_under_zero_3_ranks_may_stop_generating_at_different_lengths(two_ranks, 
     assert any(a != b for a, b in longest), longest
 
 
-@pytest.mark.parametrize("name", ["sft_1", "dvpo_1"])
+@pytest.mark.parametrize("name", RESUMED_RANKS)
 def test_two_ranks_resume_bit_for_bit(two_ranks, name):
     straight, resumed = two_ranks / name, two_ranks / f"{name}_resumed"
     assert metrics(straight) == metrics(resumed) and distance(straight, resumed) == 0
