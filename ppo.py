@@ -1,4 +1,4 @@
-"""Proximal Policy Optimization (PPO) from a reward model: the clipped objective with a critic that is trained alongside.
+"""Proximal Policy Optimization (PPO) from a reward model: the clipped objective, and a critic trained alongside.
 
 Each step: sample responses to a batch of prompts from the policy; score each whole response once with the frozen reward
 model; spread that score over its tokens with the critic's values V(s_t); normalise over the whole rollout; then take
@@ -20,7 +20,7 @@ backbone for policy and critic, whose losses then pull at the same weights.
 
     python ppo.py                                                    # CPU: the toy world
     python ppo.py llama3.2-3b --lora_r 16                            # 1 GPU
-    torchrun --nproc_per_node 8 ppo.py llama3.2-3b                   # 8 GPUs, the setting that the DVPO paper compares with
+    torchrun --nproc_per_node 8 ppo.py llama3.2-3b                   # 8 GPUs, as in the DVPO paper's comparison
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Args:
     rollout_batch_size: int = 64
     """responses per rollout, over all ranks"""
     best_of: int = 1
-    """sample so many responses to a prompt and keep the one with the highest reward, no longer a draw of the policy itself"""
+    """sample so many responses to a prompt and keep the best by reward, which is no plain draw of the policy any more"""
     batch_size: int = 32
     """responses per optimizer step of policy and critic, over all ranks"""
     micro_batch_size: int = 64
@@ -184,8 +184,8 @@ def token_rewards(reward, kl, mask, *, kl_coef: float = 0.0):
 def gae(rewards, values, mask, *, discount: float = 1.0, lam: float = 0.95):
     """Generalised advantage estimates and the critic's targets A_t + V(s_t), (B, T) each, 0 where masked.
 
-    rewards (B, T) of `token_rewards`, values (B, T): V(s_t), read before y_t. Nothing comes after the last token, cut or
-    not: V(s_{T+1}) = 0."""
+    rewards (B, T) of `token_rewards`, values (B, T): V(s_t), read before y_t. Nothing comes after the last token, whether
+    it is EOS or the response was cut: V(s_{T+1}) = 0."""
     values = values * mask
     after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
     advantage = discounted_sum((rewards + discount * after - values) * mask, discount * lam)
@@ -334,7 +334,7 @@ def score_tokens(scorers, rows, width: int, pad_token_id: int, args, device):
 
 
 class Critic(torch.nn.Module):
-    """A token-classification model's V(s_t), read where the policy reads the logits of y_t: (B, T) fp32, 0 where masked."""
+    """A token-classification model's V(s_t), read where the LM head reads for y_t: (B, T) fp32, 0 where masked."""
 
     def __init__(self, model):
         super().__init__()
@@ -397,8 +397,8 @@ def train(args: Args) -> Path:
     if args.critic:
         missing(args.critic, "python rm.py")
         if load_tokenizer(args.critic, args, chat=False).get_vocab() != tokenizer.get_vocab():
-            stop(f"--critic {args.critic} and {args.policy} have different tokenizers: leave --critic out, or name a model "
-                 "of the policy's family")  # fmt: skip
+            stop(f"--critic {args.critic} and {args.policy} have different tokenizers: leave --critic out, or name a "
+                 "model of the policy's family")  # fmt: skip
     reward = TextReward(args.reward_model, args, device)
     if args.reward_model != "gold":
         reward.model = whole_or_parts(reward.model, args)

@@ -1,8 +1,8 @@
-"""REINFORCE with a baseline made of rewards alone, `--baseline remax | rloo | grpo | reinforce++`: no critic, no values.
+"""REINFORCE with a baseline made of rewards alone: `--baseline remax | rloo | grpo | reinforce++`. No critic, no values.
 
 Each step: sample responses to a batch of prompts from the policy; score each whole response once with the frozen reward
-model; compare it with other responses; then take clipped policy-gradient steps. In memory: policy, reference, reward model.
-With r(x, y) standardised, kl_t = log pi_old(y_t) - log pi_ref(y_t), and the same A for all t but for the KL:
+model; compare it with other responses; then take clipped policy-gradient steps. In memory: policy, reference, reward
+model. With r(x, y) standardised and kl_t = log pi_old(y_t) - log pi_ref(y_t), the same A for all t but for the KL:
 
     remax        A_t = r(x, y) - r(x, greedy response) - beta sum_{k>=t} kl_k                      `reward_advantages`
     rloo         A_t = R_i - mean of the R_j of the other n - 1 responses, R = r(x, y) - beta sum_k kl_k
@@ -12,13 +12,13 @@ With r(x, y) standardised, kl_t = log pi_old(y_t) - log pi_ref(y_t), and the sam
     L_KL = beta sum_t m_t (e^-d - 1 + d) / sum_t m_t,   d = log pi(y_t) - log pi_ref(y_t),   grpo alone     `k3_loss`
 
 Where the KL goes: into the reward, as a return-to-go (remax, reinforce++) or whole (rloo), or into the loss (grpo; k3).
-What is clipped: each token's ratio, as in PPO, for all four. That is the papers' for grpo and reinforce++; ReMax and RLOO
-take one unclipped step per rollout, which is --ppo_epochs 1 with --batch_size equal to --rollout_batch_size: the ratio
-is then 1. Losses are means over all response tokens; --loss_mean response takes the mean of each response's mean, as the
-GRPO paper does, which gives a token of a long response less weight.
+What is clipped: each token's ratio, as in PPO, for all four. That is the papers' for grpo and reinforce++; ReMax and
+RLOO take one unclipped step per rollout, which is --ppo_epochs 1 with --batch_size equal to --rollout_batch_size: the
+ratio is then 1. Losses are means over all response tokens; --loss_mean response takes the mean of each response's mean,
+as the GRPO paper does, which gives a token of a long response less weight.
 
-What differs from ppo.py: no critic, hence no values, no gae and no second optimizer; several responses to a prompt, or a
-greedy one beside each. A token is credited with all that comes of its response.
+What differs from ppo.py: no critic, hence no values, no gae and no second optimizer; several responses to a prompt, or
+a greedy one beside each. A token is credited with all that comes of its response.
 
     python reinforce.py --baseline rloo                                             # CPU: the toy world
     python reinforce.py llama3.2-3b --baseline grpo --lora_r 16                     # 1 GPU
@@ -139,8 +139,8 @@ class Args:
 
 
 _paper = Args(
-    data="openbmb/UltraFeedback", split="train[80%:]", steps=600, learning_rate=2e-6, rollout_batch_size=64, batch_size=32,
-    micro_batch_size=2, ppo_epochs=4, kl_coef=0.2, kl_target=0.1, max_prompt_tokens=1024, max_response_tokens=1024,
+    data="openbmb/UltraFeedback", split="train[80%:]", steps=600, learning_rate=2e-6, rollout_batch_size=64,
+    batch_size=32, micro_batch_size=2, ppo_epochs=4, kl_coef=0.2, kl_target=0.1, max_prompt_tokens=1024, max_response_tokens=1024,
     drop_long_prompts=True, gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=50,
 )  # fmt: skip
 PRESETS: dict[str, Args] = {
@@ -202,8 +202,8 @@ def dvpo_loss(logp, old_logp, advantage, mask, normalizer, *, clip: float = 0.2)
 
 
 def k3_loss(logp, ref_logp, weight, normalizer):
-    """sum of weight (e^-d - 1 + d), d = logp - ref_logp: never negative, and on policy the KL in expectation. Its gradient
-    there is that of the reverse divergence, KL(ref || pi); (B, T) each, weight 0 where masked."""
+    """sum of weight (e^-d - 1 + d), d = logp - ref_logp: never negative, and on policy the KL in expectation. Its
+    gradient there is that of the reverse divergence, KL(ref || pi); (B, T) each, weight 0 where masked."""
     d = (logp - ref_logp) * (weight > 0)
     return ((torch.exp(-d) - 1 + d) * weight).sum() / normalizer
 
@@ -370,7 +370,8 @@ def train(args: Args) -> Path:
     per_rollout = args.rollout_batch_size // n  # prompts
     if len(questions) < per_rollout:
         stop(
-            f"{args.data} ({args.split}) has {len(questions)} prompts: fewer than the {per_rollout} of --rollout_batch_size {args.rollout_batch_size}"
+            f"{args.data} ({args.split}) has {len(questions)} prompts: fewer than the {per_rollout} of a rollout "
+            f"(--rollout_batch_size {args.rollout_batch_size}, {n} responses each)"
         )
 
     torch.manual_seed(args.seed)
