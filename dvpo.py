@@ -228,16 +228,24 @@ class GumbelNoise:
     """A logits processor under which greedy decoding samples exactly from softmax(logits / temperature).
 
     Noise is drawn for the rollout's rows of all ranks and each rank takes its own, so a rollout does not depend on how
-    many ranks share it."""
+    many ranks share it. The log-probs of what it samples are kept, to be compared with those that training computes."""
 
     def __init__(self, seed: str, temperature: float, rows: slice, total: int, device):
         self.generator = torch.Generator(device).manual_seed(random.Random(seed).getrandbits(62))
-        self.temperature, self.rows, self.total = temperature, rows, total
+        self.temperature, self.rows, self.total, self.logp = temperature, rows, total, []
 
     def __call__(self, input_ids, scores):
         noise = torch.empty(self.total, scores.shape[-1], device=scores.device)
         noise.exponential_(generator=self.generator)
-        return scores.float() / self.temperature - noise[self.rows].log()
+        scores = scores.float() / self.temperature
+        noisy = scores - noise[self.rows].log()
+        token = noisy.argmax(-1, keepdim=True)
+        self.logp.append(scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True))
+        return noisy
+
+    def sampled(self, width: int):
+        """(rows, width) log-probs of the sampled tokens as generation computed them; they go on behind a row's end."""
+        return torch.nn.functional.pad(torch.cat(self.logp, 1), (0, width - len(self.logp)))
 
 
 def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[list[int]]:
@@ -486,6 +494,7 @@ def train(args: Args) -> Path:
         lengths = torch.tensor([len(response) for response in responses], device=device)
         mask = torch.arange(width, device=device) < lengths[:, None]
         kl = old_logp - ref_logp
+        gap = (gather_rows(noise.sampled(width), world) - old_logp).abs() * mask
         advantage = advantages(
             values, kl, mask, advantage=args.advantage, discount=args.discount, lam=args.lam,
             kl_coef=run.state["kl_coef"] if args.kl_in == "reward" else 0.0,
@@ -494,11 +503,11 @@ def train(args: Args) -> Path:
 
         loss_sum, clipped_sum = torch.zeros((), device=device), torch.zeros((), device=device)
         for epoch in range(args.ppo_epochs):
-            shuffle = shuffled(len(answers), args.seed, f"{step}/{epoch}")
-            for first in range(0, len(answers), args.batch_size):
+            shuffle = shuffled(len(responses), args.seed, f"{step}/{epoch}")
+            for first in range(0, len(responses), args.batch_size):
                 batch = [(prompts[i], responses[i], i) for i in shuffle[first : first + args.batch_size]]
                 tokens = sum(len(response) for _, response, _ in batch)
-                update = ((step * args.ppo_epochs + epoch) * len(answers) + first) // args.batch_size
+                update = ((step * args.ppo_epochs + epoch) * len(responses) + first) // args.batch_size
                 engine.set_rate(args.learning_rate * schedule(update, 1, args.warmup_steps, "constant"))
                 for micro in micro_batches(batch, rank, world, args):
                     inputs = collate([row[:2] for row in micro], tokenizer.pad_token_id).to(device)
@@ -514,13 +523,13 @@ def train(args: Args) -> Path:
                 grad_norm = engine.step()
         clock.append(time.time())
 
-        kl_mean = (kl * mask).sum() / len(answers)
+        kl_mean = (kl * mask).sum() / len(responses)
         if args.kl_target:
             run.state["kl_coef"] = kl_controller(
                 run.state["kl_coef"],
                 float(kl_mean),
                 target=args.kl_target,
-                episodes=len(answers),
+                episodes=len(responses),
                 horizon=args.kl_horizon,
             )
         tokens, q = mask.sum(), values[:, 1:]
@@ -531,10 +540,12 @@ def train(args: Args) -> Path:
             "kl": kl_mean,
             "kl_coef": run.state["kl_coef"],
             "entropy": -(old_logp * mask).sum() / tokens,
+            "logp_gap_mean": gap.sum() / tokens,  # of generation and training: cached keys, rounding
+            "logp_gap_max": gap.max(),
             "credit_share": (increments(values, mask, discount=args.discount).square().sum() / tokens) / spread,
             "length": lengths.float().mean(),
             "eos_share": sum(r[-1] in policy.ends for r in responses) / len(responses),
-            "loss": all_sum(loss_sum) / args.ppo_epochs / (len(answers) / args.batch_size),
+            "loss": all_sum(loss_sum) / args.ppo_epochs / (len(responses) / args.batch_size),
             "clipped_share": all_sum(clipped_sum) / tokens / args.ppo_epochs,
             "grad_norm": grad_norm,
             "rollout_seconds": rollout,

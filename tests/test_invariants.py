@@ -25,11 +25,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dvpo
 import gvm
+import ppo
+import reinforce
 import rm
 import sft
 import toy
 
-SCRIPTS = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo}
+SCRIPTS = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo, "ppo": ppo, "reinforce": reinforce}
+ROLLOUT = ("dvpo", "ppo", "reinforce")
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
 EOS, WORDS = toy.tokenizer().eos_token_id, range(5, toy.config().vocab_size)
 CPU = torch.device("cpu")
@@ -69,6 +72,9 @@ def home(tmp_path_factory):
         if name == "pad_is_eos":
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.save_pretrained(home / name)
+    base.generation_config.eos_token_id = [EOS, *range(30, 60)]  # many tokens end a response: most are short
+    base.save_pretrained(home / "brief")
+    toy.tokenizer().save_pretrained(home / "brief")
     rng, asked = random.Random(0), toy.prompts("rl")[:10]
     policies = toy.TRAIN_POLICIES[-3:]
     write_jsonl(
@@ -89,6 +95,7 @@ def home(tmp_path_factory):
         tensors = load_file(path)  # a larger head: values that differ as much as trained ones do
         tensors = {name: x * 10 if ".score." in f".{name}" else x for name, x in tensors.items()}
         save_file(tensors, path, metadata={"format": "pt"})
+    run(home, "rm", "rm")
     return home
 
 
@@ -102,6 +109,14 @@ DEFAULTS = {
     "dvpo": {
         "data": "prompts.jsonl", "steps": 3, "rollout_batch_size": 6, "batch_size": 3, "learning_rate": 1e-3,
         "max_response_tokens": 10, "tau_pairs": 2,
+    },
+    "ppo": {
+        "data": "prompts.jsonl", "steps": 3, "rollout_batch_size": 6, "batch_size": 3, "learning_rate": 1e-3,
+        "critic_learning_rate": 1e-3, "max_response_tokens": 10, "eos_penalty": 0.5,
+    },
+    "reinforce": {
+        "data": "prompts.jsonl", "steps": 3, "rollout_batch_size": 6, "batch_size": 3, "learning_rate": 1e-3,
+        "max_response_tokens": 10, "n": 3,
     },
 }  # fmt: skip
 
@@ -118,7 +133,8 @@ def run(home, script, name, **changes) -> Path:
     """One run of a script with few rows and steps; returns its folder."""
     settings = DEFAULTS[script] | {"output_dir": str(home / name)} | changes
     settings["data"] = str(home / settings["data"])
-    for key, default in {"policy": "base", "gvm": "gvm/final"}.items() if script == "dvpo" else [("model", "base")]:
+    frozen = {"gvm": "gvm/final"} if script == "dvpo" else {"reward_model": "rm/final"}
+    for key, default in ({"policy": "base"} | frozen if script in ROLLOUT else {"model": "base"}).items():
         settings[key] = str(home / settings.get(key, default))
     with (
         contextlib.redirect_stdout(io.StringIO()),
@@ -188,7 +204,7 @@ def stock(kind, folder):
     return getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder).eval()
 
 
-KIND = {"sft": "CausalLM", "rm": "SequenceClassification", "gvm": "TokenClassification", "dvpo": "CausalLM"}
+KIND = dict.fromkeys(SCRIPTS, "CausalLM") | {"rm": "SequenceClassification", "gvm": "TokenClassification"}
 
 # ------------------------------------------------------------------------------------------- the first step of a rollout
 VARIANTS = {
@@ -336,19 +352,25 @@ RANKS = {  # name -> script, settings: what one process and two must do alike
     "dvpo_0": ("dvpo", {"micro_batch_size": 1, "kl_target": 0.1, "kl_horizon": 50.0}),
     "dvpo_1": ("dvpo", {"micro_batch_size": 2, "zero_stage": 1, "lora_r": 4, "share_backbone": True}),
     "dvpo_3": ("dvpo", {"micro_batch_size": 1, "zero_stage": 3, "advantage": "gae", "kl_in": "loss"}),
+    "reinforce_3": ("reinforce", {"micro_batch_size": 1, "zero_stage": 3, "baseline": "remax", "n": 1}),
 }
+STAGES = {f"{script}_stage_{stage}": (script, {"policy": "brief", "micro_batch_size": 2, "zero_stage": stage, **settings})
+          for script, settings in (("dvpo", {}), ("ppo", {"best_of": 2})) for stage in range(4)}  # fmt: skip
+
+RESUMED_RANKS = ("sft_1", "dvpo_1", "ppo_stage_2")
 
 
 def ranks_main(home: Path):
     """All of RANKS on this rank; what the rollouts sampled, and what a resumed run gives, go into the run folders."""
     gather = dvpo.gather_lists
-    for name, (script, settings) in RANKS.items():
+    for name, (script, settings) in (RANKS | STAGES).items():
         sampled = []
-        dvpo.gather_lists = lambda lists, world, sampled=sampled: sampled.append(gather(lists, world)) or sampled[-1]
+        for module in (dvpo, ppo, reinforce):
+            module.gather_lists = lambda x, world, sampled=sampled: sampled.append(gather(x, world)) or sampled[-1]
         folder = run(home, script, f"ranks/{name}", **settings)
         (folder / f"sampled_{os.environ['RANK']}.json").write_text(json.dumps(sampled))
-    for name in ("sft_1", "dvpo_1"):
-        script, settings = RANKS[name]
+    for name in RESUMED_RANKS:
+        script, settings = (RANKS | STAGES)[name]
         interrupted(home, script, f"ranks/{name}_resumed", 3, **settings)
         run(home, script, f"ranks/{name}_resumed", save_every=2, resume=True, **settings)
 
@@ -390,7 +412,9 @@ def two_ranks(home):
 @pytest.mark.parametrize("name", RANKS)
 def test_two_ranks_do_what_one_does(home, tmp_path, monkeypatch, two_ranks, name):
     script, settings = RANKS[name]
-    sampled = spy(monkeypatch, dvpo, "gather_lists", lambda lists, *_: lists)
+    sampled = spy(
+        monkeypatch, SCRIPTS[script if script in ROLLOUT else "dvpo"], "gather_lists", lambda lists, *_: lists
+    )
     one, two = (
         run(home, script, tmp_path / "out", **settings | {"zero_stage": 0, "micro_batch_size": 4}),
         two_ranks / name,
@@ -399,10 +423,36 @@ def test_two_ranks_do_what_one_does(home, tmp_path, monkeypatch, two_ranks, name
     assert distance(one, two) < 2e-5
     assert_trained(home, one)
     for rank in range(2):
-        assert json.loads((two / f"sampled_{rank}.json").read_text()) == sampled
+        found = json.loads((two / f"sampled_{rank}.json").read_text())
+        assert found == sampled if script == "dvpo" else len(found) == len(sampled)  # others gather rewards too
 
 
-@pytest.mark.parametrize("name", ["sft_1", "dvpo_1"])
+@pytest.mark.parametrize("script", ["dvpo", "ppo"])
+def test_all_zero_stages_do_what_one_process_does(home, tmp_path, two_ranks, script):
+    settings = STAGES[f"{script}_stage_0"][1] | {"micro_batch_size": 4}
+    one = run(home, script, tmp_path / "out", **settings)
+    assert_trained(home, one)
+    for stage in range(4):
+        two = two_ranks / f"{script}_stage_{stage}"
+        rows = metrics(two)
+        same_metrics(metrics(one), rows)
+        assert (
+            abs(rows[0]["kl"]) < 1e-5 < 1e-3 < abs(rows[-1]["kl"])
+        )  # the policy starts as the reference and leaves it
+        assert max(row["logp_gap_max"] for row in rows) < 1e-4  # what generates is what is trained
+        assert distance(one, two) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["dvpo_stage_3", "ppo_stage_3"])
+def test_under_zero_3_ranks_may_stop_generating_at_different_lengths(two_ranks, name):
+    """That they came to an end is in the fixture; here, that their responses did end at different lengths."""
+    lists = json.loads((two_ranks / name / "sampled_0.json").read_text())
+    rollouts = [x for x in lists if isinstance(x[0], list)]  # responses, beside the rewards
+    longest = [[max(map(len, part)) for part in (x[: len(x) // 2], x[len(x) // 2 :])] for x in rollouts]
+    assert any(a != b for a, b in longest), longest
+
+
+@pytest.mark.parametrize("name", RESUMED_RANKS)
 def test_two_ranks_resume_bit_for_bit(two_ranks, name):
     straight, resumed = two_ranks / name, two_ranks / f"{name}_resumed"
     assert metrics(straight) == metrics(resumed) and distance(straight, resumed) == 0
@@ -573,6 +623,8 @@ RESUMED = {
     "rm": {"max_grad_norm": 0.1, "weight_decay": 0.1},
     "gvm": {"lora_r": 4, "lora_dropout": 0.3},
     "dvpo": {"lora_r": 4, "lora_dropout": 0.3, "share_backbone": True, "kl_target": 0.1, "kl_horizon": 50.0},
+    "ppo": {"best_of": 2, "kl_target": 0.1, "kl_horizon": 50.0},
+    "reinforce": {"baseline": "grpo", "lora_r": 4},
 }
 
 
@@ -712,7 +764,8 @@ def test_the_reference_and_the_gvm_stay_as_they_were(home, tmp_path, monkeypatch
 
 
 # ------------------------------------------------------------------------------------------- seeds, recomputed activations
-SEEDED = {"sft": {"model": "base"}, "rm": {}, "gvm": {"lora_r": 4, "lora_dropout": 0.3}, "dvpo": {}}
+SEEDED = {"sft": {"model": "base"}, "rm": {}, "gvm": {"lora_r": 4, "lora_dropout": 0.3}, "dvpo": {}, "ppo": {},
+          "reinforce": {"baseline": "reinforce++", "n": 1}}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

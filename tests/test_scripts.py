@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dpo
 import dvpo
 import gvm
+import ppo
+import reinforce
 import rest
 import rm
 import sample
@@ -27,10 +29,11 @@ import toy
 import vcb
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo}  # what they start from is toy's own, or one model away
+FIRST = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo, "ppo": ppo, "reinforce": reinforce}  # toy's own data
 TRAINERS = FIRST | {"vcb": vcb, "dpo": dpo, "rest": rest}
 SCRIPTS = TRAINERS | {"sample": sample}
 KIND = {"rm": "SequenceClassification", "gvm": "TokenClassification"}
+ROLLOUT = ("dvpo", "ppo", "reinforce")
 
 
 def command(script, *flags, folder):
@@ -50,6 +53,8 @@ FLAGS = {
     "vcb": "--steps 2 --batch_size 2",
     "dpo": "--steps 2 --batch_size 2",
     "rest": "--steps 2 --batch_size 2",
+    "ppo": "--steps 2 --rollout_batch_size 8 --batch_size 4 --max_response_tokens 12 --best_of 2 --eos_penalty 1",
+    "reinforce": "--steps 2 --rollout_batch_size 8 --batch_size 4 --max_response_tokens 12 --baseline grpo",
 }
 
 
@@ -90,7 +95,7 @@ def test_a_run_from_the_command_line(runs, script):
     assert summary["steps"] == steps == args["steps"] and all(map(finite, summary.values()))
     assert set(args) == {field.name for field in dataclasses.fields(SCRIPTS[script].Args)}
     assert f"runs/{script}/final" in done.stdout  # the closing line says where the model is
-    assert (folder / "samples.jsonl").exists() == (script == "dvpo")
+    assert (folder / "samples.jsonl").exists() == (script in ROLLOUT)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "final")
     auto = getattr(transformers, f"AutoModelFor{KIND.get(script, 'CausalLM')}")
@@ -169,13 +174,15 @@ GRADED = [{"text": "it", "score": 1}, {"text": "the", "score": 2.5}]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A tiny policy and value model; models with something amiss."""
-    from transformers import LlamaForCausalLM, LlamaForTokenClassification
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
     home = tmp_path_factory.mktemp("home")
     tiny = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
+    reward = LlamaForSequenceClassification(toy.config(**tiny, num_labels=1))
     policy = LlamaForCausalLM(toy.config(**tiny))
     values, labels = (LlamaForTokenClassification(toy.config(**tiny, num_labels=n)) for n in (1, 2))
     models = {"policy": policy, "gvm": values, "two_labels": labels, "other_tokens": values, "no_template": policy}
+    models["rm"] = reward
     for name, model in models.items():
         model.save_pretrained(home / name)
         tokenizer = toy.tokenizer()
@@ -204,10 +211,14 @@ def mistake(capfd, monkeypatch, tmp_path, script, *argv):
     return error
 
 
+def frozen(home, script):
+    return ["--gvm", str(home / "gvm")] if script == "dvpo" else ["--reward_model", str(home / "rm")]
+
+
 def start(home, script):
     """Flags for the models that a script starts from."""
-    if script == "dvpo":
-        return ["--policy", str(home / "policy"), "--gvm", str(home / "gvm")]
+    if script in ROLLOUT:
+        return ["--policy", str(home / "policy"), *frozen(home, script)]
     return ["--model", str(home / "policy")]
 
 
@@ -242,9 +253,13 @@ def test_a_value_that_a_flag_does_not_take(told, flag):
     assert f"--{flag}" in error and all(f"'{choice}'" in error for choice in choices[flag])
 
 
-GOOD = {"sft": {"completion": "it"}, "rm": {"responses": GRADED}, "gvm": {"responses": GRADED}, "dvpo": {}}
+GOOD = {script: {} for script in SCRIPTS} | {
+    "sft": {"completion": "it"},
+    "rm": {"responses": GRADED},
+    "gvm": {"responses": GRADED},
+}
 BAD_ROWS = [  # scripts, row, the field that the message names
-    ("sft rm gvm dvpo", {"prompt": None}, "prompt"),
+    ("sft rm gvm dvpo ppo reinforce", {"prompt": None}, "prompt"),
     ("sft rm gvm dvpo", {"prompt": 7}, "prompt"),
     ("sft rm gvm dvpo", {"prompt": []}, "prompt"),
     ("sft rm gvm dvpo", {"prompt": [{"role": "user"}]}, "prompt"),
@@ -306,8 +321,8 @@ def test_a_prompt_that_is_too_long(told, home, script):
 
 @pytest.mark.parametrize("script", FIRST)
 def test_a_model_without_a_chat_template(told, home, script):
-    error = told(script, "--policy" if script == "dvpo" else "--model", str(home / "no_template"),
-                 *(["--gvm", str(home / "gvm")] if script == "dvpo" else []))  # fmt: skip
+    error = told(script, "--policy" if script in ROLLOUT else "--model", str(home / "no_template"),
+                 *(frozen(home, script) if script in ROLLOUT else []))  # fmt: skip
     assert f"`python sft.py --model {home / 'no_template'} --chat_template plain`" in error
 
 
@@ -337,6 +352,18 @@ WRONG = [  # script, flags with {home}, what the message says
     ("dvpo", "--policy {home}/policy --gvm {home}/gvm --split train[:9]", "--rollout_batch_size 64"),
     ("dvpo", "--policy {home}/policy --gvm {home}/gvm --tau_pairs 2", "`python gvm.py --tau_pairs`"),
     ("dvpo", "--policy {home}/policy --gvm {home}/gvm --share_backbone", "`python gvm.py --lora_r 8`"),
+    ("ppo", "", "runs/sft/final is not a model folder: run `python sft.py` first"),
+    ("ppo", "--policy {home}/policy", "runs/rm/final is not a model folder: run `python rm.py` first"),
+    ("ppo", "--policy {home}/policy --reward_model {home}/gvm", "not a reward model"),
+    ("ppo", "--policy {home}/policy --reward_model gold --data absent.jsonl", "--reward_model gold"),
+    ("ppo", "--policy {home}/policy --reward_model {home}/rm --critic {home}/other_tokens", "tokenizers"),
+    ("ppo", "--policy {home}/policy --reward_model {home}/rm --critic {home}", "not a model folder"),
+    ("ppo", "--policy {home}/policy --reward_model {home}/rm --best_of 0", "--best_of 0"),
+    ("ppo", "--policy {home}/policy --reward_model {home}/rm --rollout_batch_size 7", "--batch_size 32"),
+    ("reinforce", "--policy {home}/policy", "runs/rm/final is not a model folder: run `python rm.py` first"),
+    ("reinforce", "--policy {home}/policy --reward_model {home}/rm --n 1", "--n must be 2 or more"),
+    ("reinforce", "--policy {home}/policy --reward_model {home}/rm --n 7", "--n 7"),
+    ("reinforce", "--policy {home}/policy --reward_model {home}/rm --n 2 --split train[:9]", "--rollout_batch_size 64"),
 ]
 
 

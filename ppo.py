@@ -1,0 +1,1317 @@
+"""Proximal Policy Optimization (PPO) from a reward model: the clipped objective, and a critic trained alongside.
+
+Each step: sample responses to a batch of prompts from the policy; score each whole response once with the frozen reward
+model; spread that score over its tokens with the critic's values V(s_t); normalise over the whole rollout; then take
+clipped policy-gradient steps, each with a step of the critic. In memory: policy, critic, reference, reward model.
+
+    r_t = -beta (log pi_old(y_t) - log pi_ref(y_t)), and at the last token also r(x, y), standardised    `token_rewards`
+    delta_t = r_t + discount V(s_{t+1}) - V(s_t), V(s_{T+1}) = 0,   A_t = sum_k (discount lam)^k delta_{t+k}     `gae`
+    L = -sum_t m_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / sum_t m_t                          `dvpo_loss`
+    L_V = c 1/2 sum_t m_t max((V - R)^2, (clip(V, V_old +- eps_V) - R)^2) / sum_t m_t,   R_t = A_t + V_old `critic_loss`
+
+A of the objective is normalised over all response tokens of the rollout, R is not. The critic reads V(s_t) before y_t,
+where the LM head reads it too; it starts as the policy's backbone, or the reward model's with --critic, and a head of
+zeros. Policy and critic have a learning rate and a gradient norm of their own.
+
+What differs from dvpo.py: a reward model reads whole texts, with its own tokenizer, where a frozen value model reads
+tokens; a critic has to be trained, with gradients and optimizer states as large as the policy's; A comes from what the
+critic has learned so far. Rollout, objective, KL, minibatches and engine are the same text. Left out on purpose: one
+backbone for policy and critic, whose losses then pull at the same weights.
+
+    python ppo.py                                                    # CPU: the toy world
+    python ppo.py llama3.2-3b --lora_r 16                            # 1 GPU
+    torchrun --nproc_per_node 8 ppo.py llama3.2-3b                   # 8 GPUs, as in the DVPO paper's comparison
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import gzip
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from kernels import linear_logprob, linear_nll, normalize_values
+
+
+@dataclass
+class Args:
+    policy: str = "runs/sft/final"
+    """the policy to optimise: a Hugging Face folder or hub name with a chat template"""
+    reference: str = ""
+    """the frozen reference of the KL; default: the starting policy"""
+    reward_model: str = "runs/rm/final"
+    """the frozen reward model, from rm.py; with --data toy also `gold`, the toy world's true reward"""
+    critic: str = ""
+    """where the critic's backbone starts, e.g. the reward model; default: the policy. Its head starts at zero"""
+    data: str = "toy"
+    """prompts: `toy`, a hub name, or a .json/.jsonl(.gz)/.parquet file with `prompt`; several, comma-separated"""
+    split: str = "train"
+    """the part of the data to read: `train`, `train[80%:]` (of a fixed shuffle), `train[2000:4000]`"""
+    output_dir: str = "runs/ppo"
+    """the run's folder: args.json, metrics.jsonl, samples.jsonl, checkpoints/, final/"""
+    seed: int = 0
+    """seed of sampling, prompt order and minibatches"""
+    steps: int = 100
+    """rollouts; each is followed by ppo_epochs passes over it"""
+    learning_rate: float = 3e-4
+    """learning rate of the policy's AdamW, constant after warm-up"""
+    critic_learning_rate: float = 5e-4
+    """learning rate of the critic's AdamW, with the same warm-up"""
+    warmup_steps: int = 0
+    """optimizer steps of linear warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: float = 1.0
+    """gradient clipping by global norm; 0 turns it off"""
+    rollout_batch_size: int = 64
+    """responses per rollout, over all ranks"""
+    best_of: int = 1
+    """sample so many responses to a prompt and keep the best by reward, which is no plain draw of the policy any more"""
+    batch_size: int = 32
+    """responses per optimizer step of policy and critic, over all ranks"""
+    micro_batch_size: int = 64
+    """responses per forward pass on one rank, in scoring and in training"""
+    ppo_epochs: int = 2
+    """passes over each rollout"""
+    clip: float = 0.2
+    """PPO's clipping parameter eps"""
+    value_clip: float = 0.2
+    """a new value may lie so far from the rollout's, in units of the standardised reward"""
+    value_coef: float = 0.1
+    """c, the factor on the critic's loss; with an optimizer of its own it acts through --max_grad_norm alone"""
+    discount: float = 1.0
+    """the MDP's discount factor per token"""
+    lam: float = 0.95
+    """lambda of gae"""
+    kl_coef: float = 0.1
+    """beta, the strength of the KL, in units of the standardised reward"""
+    kl_target: float = 0.0
+    """adapt beta towards this KL per sequence, in nats; 0 keeps beta fixed"""
+    kl_horizon: float = 10000.0
+    """episodes over which the adaptive beta moves"""
+    eos_penalty: float = 0.0
+    """taken off the standardised reward of a response that was cut before its EOS"""
+    temperature: float = 1.0
+    """sampling temperature; all log-probs are of logits / temperature. No top-k or top-p: they would bias the ratio"""
+    max_prompt_tokens: int = 64
+    """a longer prompt is an error, or left out with --drop_long_prompts"""
+    max_response_tokens: int = 48
+    """a response is sampled until EOS or this length"""
+    drop_long_prompts: bool = False
+    """leave out rows whose prompt is longer than --max_prompt_tokens instead of stopping"""
+    lora_r: int = 0
+    """rank of LoRA adapters on all linear layers of policy and critic; 0 trains all weights"""
+    lora_alpha: int = 32
+    """LoRA's alpha"""
+    lora_dropout: float = 0.0
+    """LoRA's dropout; it would make the ratio differ from 1 before the first update, so none"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage; one process with stage 0 needs no DeepSpeed"""
+    bf16: bool = False
+    """bfloat16 matrix products (GPU)"""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """PyTorch's own, flash-attn (to be installed), or the plain product"""
+    save_every: int = 0
+    """steps between checkpoints to resume from; 0 writes none"""
+    snapshot_every: int = 0
+    """steps between copies of the policy in snapshots/, for curves over training; 0 keeps none"""
+    resume: bool = False
+    """continue from the last checkpoint in --output_dir, bit for bit"""
+    trust_remote_code: bool = False
+    """allow code that comes with a hub model"""
+
+
+# Steps, rollouts and epochs of the comparison in the DVPO paper (Table 3); it names no rate of the critic.
+_paper = Args(
+    data="openbmb/UltraFeedback", split="train[80%:]", steps=600, learning_rate=2e-6, critic_learning_rate=9e-6,
+    rollout_batch_size=64, batch_size=32, micro_batch_size=2, ppo_epochs=4, kl_coef=0.2, kl_target=0.1,
+    max_prompt_tokens=1024, max_response_tokens=1024, drop_long_prompts=True, gradient_checkpointing=True, bf16=True,
+    zero_stage=1, save_every=50,
+)  # fmt: skip
+PRESETS: dict[str, Args] = {
+    "llama3.2-3b": dataclasses.replace(_paper),
+    "llama3-8b": dataclasses.replace(_paper, steps=1250, zero_stage=3),
+    "mistral-7b-instruct": dataclasses.replace(_paper, policy="mistralai/Mistral-7B-Instruct-v0.2", split="train"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- the mathematics
+
+
+# Copied from dvpo.discounted_sum
+def discounted_sum(x, factor: float):
+    """sum_{k >= t} factor^(k - t) x_k along the last axis of x (B, T), which is 0 where masked."""
+    if factor == 1:
+        return x.flip(-1).cumsum(-1).flip(-1)
+    total, out = torch.zeros_like(x[:, 0]), torch.empty_like(x)
+    for t in range(x.shape[1] - 1, -1, -1):
+        total = x[:, t] + factor * total
+        out[:, t] = total
+    return out
+
+
+def token_rewards(reward, kl, mask, *, kl_coef: float = 0.0):
+    """r_t (B, T), 0 where masked: -beta kl_t, and at each response's last token also its reward (B,).
+
+    kl (B, T) = old_logp - ref_logp, mask (B, T) bool; a response has at least one token."""
+    last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
+    return torch.where(last, reward[:, None], 0) - kl_coef * kl * mask
+
+
+def gae(rewards, values, mask, *, discount: float = 1.0, lam: float = 0.95):
+    """Generalised advantage estimates and the critic's targets A_t + V(s_t), (B, T) each, 0 where masked.
+
+    rewards (B, T) of `token_rewards`, values (B, T): V(s_t), read before y_t. Nothing comes after the last token, whether
+    it is EOS or the response was cut: V(s_{T+1}) = 0."""
+    values = values * mask
+    after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
+    advantage = discounted_sum((rewards + discount * after - values) * mask, discount * lam)
+    return advantage, advantage + values
+
+
+# Copied from dvpo.dvpo_loss
+def dvpo_loss(logp, old_logp, advantage, mask, normalizer, *, clip: float = 0.2):
+    """eq. 3, negated: (B, T) each, normalizer = response tokens of the whole optimizer step. Returns (loss, clipped
+    tokens): both sums over micro-batches and ranks."""
+    ratio = torch.exp((logp - old_logp) * mask)
+    unclipped, clipped = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    loss = -(torch.minimum(unclipped, clipped) * mask).sum() / normalizer
+    return loss, ((clipped < unclipped) & mask).sum()
+
+
+def critic_loss(values, old_values, returns, mask, normalizer, *, clip: float = 0.2):
+    """Half the squared error, or that of the value clipped to old_values +- clip where it is larger: a critic gains
+    nothing from moving farther in one rollout. (B, T) each; returns (loss, clipped tokens), sums as in `dvpo_loss`."""
+    near = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    error, clipped = (values - returns).square(), (near - returns).square()
+    loss = 0.5 * (torch.maximum(error, clipped) * mask).sum() / normalizer
+    return loss, ((clipped > error) & mask).sum()
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - values) / Var(returns) over the tokens: 1 for a perfect critic, 0 for a constant one, and where
+    all returns are equal."""
+    error, spread = ((x[mask] - x[mask].mean()).square().mean() for x in (returns - values, returns))
+    return torch.where(spread > 1e-8, 1 - error / spread, 0)
+
+
+# Copied from dvpo.kl_controller
+def kl_controller(kl_coef: float, kl: float, *, target: float, episodes: int, horizon: float) -> float:
+    """beta (1 + e n / horizon), e = clip(KL / target - 1, -0.2, 0.2), clamped to [1e-4, 10]; Ziegler et al. 2019.
+
+    kl: KL per sequence, batch mean, in nats; n: episodes since the last update."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return min(max(kl_coef * (1 + error * episodes / horizon), 1e-4), 10.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- rollout
+
+
+# Copied from dvpo.GumbelNoise
+class GumbelNoise:
+    """A logits processor under which greedy decoding samples exactly from softmax(logits / temperature).
+
+    Noise is drawn for the rollout's rows of all ranks and each rank takes its own, so a rollout does not depend on how
+    many ranks share it. The log-probs of what it samples are kept, to be compared with those that training computes."""
+
+    def __init__(self, seed: str, temperature: float, rows: slice, total: int, device):
+        self.generator = torch.Generator(device).manual_seed(random.Random(seed).getrandbits(62))
+        self.temperature, self.rows, self.total, self.logp = temperature, rows, total, []
+
+    def __call__(self, input_ids, scores):
+        noise = torch.empty(self.total, scores.shape[-1], device=scores.device)
+        noise.exponential_(generator=self.generator)
+        scores = scores.float() / self.temperature
+        noisy = scores - noise[self.rows].log()
+        token = noisy.argmax(-1, keepdim=True)
+        self.logp.append(scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True))
+        return noisy
+
+    def sampled(self, width: int):
+        """(rows, width) log-probs of the sampled tokens as generation computed them; they go on behind a row's end."""
+        return torch.nn.functional.pad(torch.cat(self.logp, 1), (0, width - len(self.logp)))
+
+
+# Copied from dvpo.sample_responses
+def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[list[int]]:
+    """Response ids, with the EOS unless cut, of this rank's prompts (ids)."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):  # generation needs padding on the left
+        input_ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    with torch.no_grad(), unwrapped(engine) as model, engine.autocast():
+        out = model.generate(
+            input_ids=input_ids.to(device), attention_mask=mask.to(device), logits_processor=[noise],
+            max_new_tokens=args.max_response_tokens, do_sample=False, use_cache=True,
+        )  # fmt: skip
+    ends = engine.module.ends
+    responses = []
+    for row in out[:, width:].tolist():
+        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
+        responses.append(row[:length])
+    return responses
+
+
+# Copied from dvpo.unwrapped
+@contextlib.contextmanager
+def unwrapped(engine):
+    """The Hugging Face model, in eval mode; under ZeRO-3 with whole weights, so that ranks may stop at different lengths."""
+    module, training = engine.module, engine.module.training
+    module.eval()
+    if engine.deepspeed and engine.args.zero_stage == 3:
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(engine.deepspeed):
+            yield module.model
+    else:
+        yield module.model
+    module.train(training)
+
+
+# Copied from dvpo.gather_lists
+def gather_lists(lists: list, world: int) -> list:
+    """The ranks' lists, joined in order of rank."""
+    if world == 1:
+        return lists
+    parts = [None] * world
+    dist.all_gather_object(parts, lists)
+    return [item for part in parts for item in part]
+
+
+# Copied from dvpo.gather_rows
+def gather_rows(x, world: int):
+    """The ranks' (rows, T) tensors, the same shape on each, joined in order of rank."""
+    if world == 1:
+        return x
+    out = x.new_empty(world * x.shape[0], x.shape[1])
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def best_of_each(scores: list[float], n: int) -> list[int]:
+    """Of each n neighbours the index of the one with the highest score."""
+    return [max(range(i, i + n), key=scores.__getitem__) for i in range(0, len(scores), n)]
+
+
+def score_tokens(scorers, rows, width: int, pad_token_id: int, args, device):
+    """(rows, T) of each scorer: log-probs of the policy and the reference, values of the critic, for this rank's rows
+    (prompt ids, response ids), in micro-batches of like length, without gradients; T = `width`."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    parts = [[] for _ in scorers]
+    with torch.no_grad():
+        for at in range(0, len(order), args.micro_batch_size):
+            batch = collate([rows[i] for i in order[at : at + args.micro_batch_size]], pad_token_id).to(device)
+            for part, scorer in zip(parts, scorers, strict=True):
+                x = scorer(batch)
+                part.append(torch.nn.functional.pad(x, (0, width - x.shape[1])))
+    back = torch.tensor(order).argsort().to(device)
+    return [torch.cat(part)[back] for part in parts]
+
+
+class Critic(torch.nn.Module):
+    """A token-classification model's V(s_t), read where the LM head reads for y_t: (B, T) fp32, 0 where masked."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        for parameter in getattr(plain(model), head_name(plain(model))).parameters():
+            torch.nn.init.zeros_(parameter)
+
+    def forward(self, batch: Batch):
+        model = plain(self.model)
+        hidden = getattr(model, model.base_model_prefix)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, batch.predict)
+        values = getattr(model, head_name(model))(hidden).float().squeeze(-1)
+        flat = values.new_zeros(batch.response_mask.numel())
+        return flat.index_copy(0, batch.cell, values).view(batch.response_mask.shape)
+
+
+class Engines:
+    """Policy and critic, an engine each: what `Run` asks of one, for checkpoints of both and the policy as a model."""
+
+    def __init__(self, policy: Engine, critic: Engine):
+        self.policy, self.critic = policy, critic
+
+    def save(self, folder: Path):
+        (folder / "critic").mkdir(exist_ok=True)
+        self.policy.save(folder)
+        self.critic.save(folder / "critic")
+
+    def load(self, folder: Path):
+        self.policy.load(folder)
+        self.critic.load(folder / "critic")
+
+    def gathered(self):
+        return self.policy.gathered()
+
+
+# Copied from dvpo.whole_or_parts
+def whole_or_parts(module, args):
+    """Frozen weights: whole on each rank, or in parts under ZeRO-3."""
+    if args.zero_stage < 3:
+        return module
+    import deepspeed
+
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": args.bf16}}
+    return deepspeed.initialize(model=module, config=config | {"steps_per_print": 10**9})[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train(args: Args) -> Path:
+    started = time.time()
+    rank, world, device = init_distributed(args)
+    if args.rollout_batch_size % world or args.rollout_batch_size % args.batch_size:
+        stop(f"--rollout_batch_size {args.rollout_batch_size} must be a multiple of --batch_size {args.batch_size} and of "
+             f"the number of ranks, {world}")  # fmt: skip
+    if args.best_of < 1:
+        stop(f"--best_of {args.best_of}: it must be 1 or more")
+    missing(args.policy, "python sft.py")
+    tokenizer = load_tokenizer(args.policy, args)
+    if args.critic:
+        missing(args.critic, "python rm.py")
+        if load_tokenizer(args.critic, args, chat=False).get_vocab() != tokenizer.get_vocab():
+            stop(f"--critic {args.critic} and {args.policy} have different tokenizers: leave --critic out, or name a "
+                 "model of the policy's family")  # fmt: skip
+    reward = TextReward(args.reward_model, args, device)
+    if args.reward_model != "gold":
+        reward.model = whole_or_parts(reward.model, args)
+    questions = []
+    for row, where in load_rows(args.data, args.split, "prompts", args.seed):
+        ids, _ = encode(tokenizer, row, None, where, args)
+        if ids is not None:
+            messages = (
+                row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+            )
+            questions.append((ids, messages))
+    if len(questions) < args.rollout_batch_size:
+        stop(
+            f"{args.data} ({args.split}) has {len(questions)} prompts: fewer than --rollout_batch_size {args.rollout_batch_size}"
+        )
+
+    torch.manual_seed(args.seed)
+    model = load_model("causal", args.policy, tokenizer, args)
+    model = add_lora(model, args) if args.lora_r else model
+    policy = Policy(model).to(device)
+    critic = load_model("value", args.critic or args.policy, tokenizer, args)
+    critic = add_lora(critic, args, head=head_name(critic)) if args.lora_r else critic
+    critic = Critic(critic).to(device)
+    reference = load_model("causal", args.reference or args.policy, tokenizer, args, frozen=True)
+    reference = whole_or_parts(Policy(reference).to(device), args)
+    engine, critic_engine = Engine(policy, args, world), Engine(critic, args, world)
+    goal = "gold" if args.data == "toy" else "reward"
+    run = Run(args, Engines(engine, critic_engine), rank, args.steps, started, bar=(goal, "kl"))
+    run.state = {"kl_coef": args.kl_coef}
+    run.restore()
+    policy.train(), critic.train()
+    per_rank = args.rollout_batch_size // world
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)
+    drawn = slice(mine.start * args.best_of, mine.stop * args.best_of)  # before the best are kept
+    per_epoch = len(questions) // args.rollout_batch_size
+    for step in range(run.step, args.steps):
+        clock = [time.time()]
+        order = shuffled(len(questions), args.seed, step // per_epoch)
+        at = step % per_epoch * args.rollout_batch_size
+        chosen = [questions[i] for i in order[at : at + args.rollout_batch_size] for _ in range(args.best_of)]
+        prompts, key = [ids for ids, _ in chosen], f"{args.seed}/{step}"
+        noise = GumbelNoise(key, args.temperature, drawn, len(prompts), device)
+        responses = gather_lists(sample_responses(engine, prompts[drawn], noise, tokenizer, args, device), world)
+        clock.append(time.time())
+
+        texts = [tokenizer.decode([t for t in r if t not in policy.ends]) for r in responses]
+        complete, asked = [r[-1] in policy.ends for r in responses], [messages for _, messages in chosen]
+        scores = gather_lists(reward(asked[drawn], texts[drawn], complete[drawn], args.micro_batch_size), world)
+        sampled = gather_rows(noise.sampled(max(map(len, responses))), world)
+        keep = best_of_each(scores, args.best_of)
+        prompts, responses, texts, asked, complete, scores = (
+            [x[i] for i in keep] for x in (prompts, responses, texts, asked, complete, scores)
+        )
+        scores = torch.tensor(scores, device=device)
+        penalty = args.eos_penalty * torch.tensor([not whole for whole in complete], device=device)
+        score = (scores - reward.mean) / reward.std - penalty
+        width = max(map(len, responses))
+        rows = list(zip(prompts, responses, strict=True))[mine]
+        at_temperature = [functools.partial(x, temperature=args.temperature) for x in (engine, reference)]
+        found = score_tokens([*at_temperature, critic_engine], rows, width, tokenizer.pad_token_id, args, device)
+        old_logp, ref_logp, values = (gather_rows(x, world) for x in found)
+        lengths = torch.tensor([len(response) for response in responses], device=device)
+        mask = torch.arange(width, device=device) < lengths[:, None]
+        kl = old_logp - ref_logp
+        gap = (sampled[keep, :width] - old_logp).abs() * mask
+        rewards = token_rewards(score, kl, mask, kl_coef=run.state["kl_coef"])
+        advantage, returns = gae(rewards, values, mask, discount=args.discount, lam=args.lam)
+        advantage = normalize_values(advantage, mask)
+        clock.append(time.time())
+
+        sums = torch.zeros(4, device=device)  # loss, clipped tokens; the critic's
+        for epoch in range(args.ppo_epochs):
+            shuffle = shuffled(len(responses), args.seed, f"{step}/{epoch}")
+            for first in range(0, len(responses), args.batch_size):
+                batch = [(prompts[i], responses[i], i) for i in shuffle[first : first + args.batch_size]]
+                tokens = sum(len(response) for _, response, _ in batch)
+                update = ((step * args.ppo_epochs + epoch) * len(responses) + first) // args.batch_size
+                warm = schedule(update, 1, args.warmup_steps, "constant")
+                engine.set_rate(args.learning_rate * warm)
+                critic_engine.set_rate(args.critic_learning_rate * warm)
+                for micro in micro_batches(batch, rank, world, args):
+                    inputs = collate([row[:2] for row in micro], tokenizer.pad_token_id).to(device)
+                    index, cut = torch.tensor([i for *_, i in micro], device=device), inputs.response_mask.shape[1]
+                    old, adv, old_v, target = (x[index, :cut] for x in (old_logp, advantage, values, returns))
+                    logp = engine(inputs, args.temperature)
+                    loss, clipped = dvpo_loss(logp, old, adv, inputs.response_mask, tokens, clip=args.clip)
+                    engine.backward(loss)
+                    v = critic_engine(inputs)
+                    v_loss, v_cut = critic_loss(v, old_v, target, inputs.response_mask, tokens, clip=args.value_clip)
+                    critic_engine.backward(args.value_coef * v_loss)
+                    sums += torch.stack([loss.detach(), clipped, v_loss.detach(), v_cut])
+                grad_norm, critic_grad_norm = engine.step(), critic_engine.step()
+        clock.append(time.time())
+
+        kl_mean = (kl * mask).sum() / len(responses)
+        if args.kl_target:
+            run.state["kl_coef"] = kl_controller(
+                run.state["kl_coef"],
+                float(kl_mean),
+                target=args.kl_target,
+                episodes=len(responses),
+                horizon=args.kl_horizon,
+            )
+        tokens, per_step = mask.sum(), args.ppo_epochs * (len(responses) / args.batch_size)
+        loss, clipped, v_loss, v_clipped = all_sum(sums)
+        to_come = discounted_sum(rewards, args.discount)  # what the rollout really returned, from each token on
+        rollout, scoring, updating = (round(b - a, 4) for a, b in itertools.pairwise(clock))
+        metrics = {
+            "reward": score.mean(),  # of the reward model, standardised, less --eos_penalty
+            "kl": kl_mean,
+            "kl_coef": run.state["kl_coef"],
+            "entropy": -(old_logp * mask).sum() / tokens,
+            "logp_gap_mean": gap.sum() / tokens,  # of generation and training: cached keys, rounding
+            "logp_gap_max": gap.max(),
+            "start_value": values[:, 0].mean(),  # V(s_1), what the critic expects of these prompts
+            "explained_variance": explained_variance(values, to_come, mask),
+            "length": lengths.float().mean(),
+            "eos_share": sum(complete) / len(complete),
+            "loss": loss / per_step,
+            "clipped_share": clipped / tokens / args.ppo_epochs,
+            "grad_norm": grad_norm,
+            "value_loss": v_loss / per_step,
+            "value_clipped_share": v_clipped / tokens / args.ppo_epochs,
+            "critic_grad_norm": critic_grad_norm,
+            "rollout_seconds": rollout,
+            "scoring_seconds": scoring,
+            "update_seconds": updating,
+        }
+        if args.data == "toy":  # for the learning curve: nothing above has seen it
+            import toy
+
+            metrics["gold"] = sum(toy.gold(a[-1]["content"], t) for a, t in zip(asked, texts, strict=True)) / len(texts)
+        if rank == 0 and step % 10 == 0:
+            with open(run.folder / "samples.jsonl", "a") as file:
+                for prompt, text in list(zip(asked, texts, strict=True))[:4]:
+                    file.write(json.dumps({"step": step + 1, "prompt": prompt, "response": text}) + "\n")
+        run.log(metrics)
+        run.snapshot(model, tokenizer)
+    return run.finish(model, tokenizer)
+
+
+def main(argv=None):
+    train(parse_args(Args, PRESETS, argv, __doc__))
+
+
+# ====================================================================================================================
+# Plumbing: data, models, engine, run folder. The same text in every script (tests/test_copies.py).
+# ====================================================================================================================
+
+
+# Copied from sft.stop
+def stop(message: str):
+    """A user's mistake: one line that says what to do, exit code 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    ended = SystemExit(2)
+    ended.message = message
+    raise ended
+
+
+# Copied from sft.parse_args
+def parse_args(args_class, presets, argv=None, doc=""):
+    """`[PRESET] [--flag value ...]`: a preset is a named set of defaults."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = args_class()
+    if argv and not argv[0].startswith("-"):
+        name = argv.pop(0)
+        if name not in presets:
+            stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
+        default = presets[name]
+    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}" if presets else doc
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            args = tyro.cli(args_class, args=argv, default=default, description=description, use_underscores=True)
+    except SystemExit as ended:
+        if not ended.code:  # --help
+            raise
+        wrong = re.split("[─-]{3,}", shown.getvalue())[1]  # of a box with a title, what is wrong, and advice
+        stop(" ".join(re.sub("[╮╰│]", " ", wrong).split()) + " See --help")
+    for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
+        if getattr(args, name, 1) < 1:
+            stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
+    return args
+
+
+# Copied from sft.init_distributed
+def init_distributed(args):
+    """(rank, world size, device). Several processes come from torchrun; one process with ZeRO stage 0 needs none of it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else DeepSpeed warns that it had to look
+    if (world > 1 or getattr(args, "zero_stage", 0)) and not dist.is_initialized():
+        import deepspeed
+
+        for name, value in {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 29541,
+        }.items():
+            os.environ.setdefault(name, str(value))
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30), verbose=False)
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+# Copied from sft.all_sum
+def all_sum(x):
+    """Sum over ranks, for logging."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+# Copied from sft.shuffled
+def shuffled(n: int, seed: int, epoch) -> list[int]:
+    """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+# Copied from sft.schedule
+def schedule(step: int, total: int, warmup: int, kind: str) -> float:
+    """The factor on the learning rate: linear warm-up, then `constant`, `linear` or `cosine` to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
+
+
+# Copied from sft.load_rows
+def load_rows(name: str, split: str, kind: str, seed: int = 0):
+    """Rows of `toy`, local files and hub datasets (comma-separated), in this project's column names, each with its place."""
+    if "," in name:
+        return [row for part in name.split(",") for row in load_rows(part.strip(), split, kind, seed)]
+    part = re.fullmatch(r"(\w+)(?:\[(\d*)(%?):(\d*)(%?)\])?", split)
+    if not part:
+        stop(f"--split {split!r} is not understood: write train, train[:30%] or train[2000:4000]")
+    if name == "toy":
+        import toy
+
+        kind = "heldout" if (kind, part[1]) == ("prompts", "heldout") else kind
+        raw = [(row, f"toy row {i + 1}") for i, row in enumerate(toy.rows(kind, seed))]
+    elif Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet") or Path(name).is_file():
+        raw = [(row, where) for row, where in read_file(Path(name)) if str(row.get("split", part[1])) == part[1]]
+    else:
+        import datasets
+
+        try:
+            raw = [(row, f"{name} row {i + 1}") for i, row in enumerate(datasets.load_dataset(name, split=part[1]))]
+        except Exception as error:  # the hub's many ways to fail: not found, gated, no network, no such split
+            stop(f"cannot load {name!r} (split {part[1]}): {str(error).splitlines()[0]} "
+                 "Give a local .json/.jsonl(.gz)/.parquet file, a dataset on the hub that you can reach, or `toy`")  # fmt: skip
+    if part[3] or part[5]:  # shares of data that may be sorted by source: the same shuffle in every script
+        raw = [raw[i] for i in shuffled(len(raw), 0, "split")]
+    start, end = (
+        int(len(raw) * int(value) / 100) if percent else int(value) if value else default
+        for value, percent, default in ((part[2], part[3], 0), (part[4], part[5], len(raw)))
+    )
+    return [(canonical(row, where), where) for row, where in raw[start:end]]
+
+
+# Copied from sft.read_file
+def read_file(path: Path):
+    if not path.is_file():
+        stop(f"{path} does not exist: --data takes a .json/.jsonl(.gz)/.parquet file, a hub name, or `toy`")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return [(row, f"{path} row {i + 1}") for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
+        text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
+    except (OSError, ValueError, EOFError) as error:
+        stop(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): give a whole file, its format as its name says, text in UTF-8"
+        )
+    whole = text.lstrip().startswith("[")
+    rows = []
+    try:
+        lines = json.loads(text) if whole else text.split("\n")
+    except ValueError as error:
+        stop(f"{path} is not valid JSON ({error}): mend the file")
+    for i, line in enumerate(lines):
+        if not whole and not line.strip():
+            continue
+        try:
+            row = line if whole else json.loads(line)
+        except ValueError as error:
+            stop(f"{path} row {i + 1} is not valid JSON ({error}): mend or remove the line")
+        if not isinstance(row, dict):
+            stop(f"{path} row {i + 1} is not a JSON object: each row needs named fields such as prompt")
+        rows.append((row, f"{path} row {i + 1}"))
+    return rows
+
+
+# Copied from sft.canonical
+def canonical(row: dict, where: str) -> dict:
+    """One row in this project's names: prompt, completion, chosen, rejected, responses [{text, score, policy}].
+
+    Maps UltraFeedback (binarized: chosen/rejected message lists; original: instruction, completions), HH (transcripts
+    without prompt) and TL;DR (prompt, completion)."""
+    row = {field: value for field, value in row.items() if value is not None}  # tables fill with nulls
+    for field in ("completion", "chosen", "rejected", "messages"):
+        value = row.get(field)
+        if isinstance(value, list):
+            if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
+                stop(f"{where}: field {field} is not a list of {{role, content}} messages")
+            if len(value) > 1 or field == "messages":
+                row["prompt"] = value[:-1]
+            row["completion" if field == "messages" else field] = value[-1]["content"]
+    if "prompt" not in row and isinstance(row.get("chosen"), str) and "\n\nAssistant:" in row["chosen"]:
+        for field in [f for f in ("rejected", "chosen") if isinstance(row.get(f), str)]:
+            head, _, row[field] = row[field].rpartition("\n\nAssistant:")
+            row["prompt"] = head + "\n\nAssistant:"
+    for field in ("completions", "responses"):
+        value = row.get(field, [])
+        if not isinstance(value, list) or not all(isinstance(r, dict) for r in value):
+            stop(f"{where}: field {field} is not a list of {{text, score, policy}}")
+    if "instruction" in row and "completions" in row:
+        row["prompt"] = row["instruction"]
+        scored = [(c, c.get("fine-grained_score")) for c in row["completions"]]
+        row["responses"] = [
+            {"text": c.get("response"), "score": c.get("overall_score") if s is None else s, "policy": c.get("model")}
+            for c, s in scored
+        ]
+    for response in row.get("responses", []):
+        score = response.get("score")
+        if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
+            stop(f"{where}: field score is {score!r}, not a finite number")
+    if "completion" not in row and "chosen" in row:
+        row["completion"] = row["chosen"]  # what SFT on preferences or grades imitates: the better response
+    elif "completion" not in row and row.get("responses"):
+        score = lambda r: -math.inf if r.get("score") is None else r["score"]
+        row["completion"] = max(row["responses"], key=score).get("text")
+    return row
+
+
+# Copied from sft.encode
+def encode(tokenizer, row: dict, field: str | None, where: str, args):
+    """(prompt ids, response ids with EOS) of a row; (None, None) for a long prompt under --drop_long_prompts.
+
+    The prompt is rendered by the chat template up to where the assistant begins; the response is the text's own tokens
+    and the EOS, cut (and then without EOS) at --max_response_tokens."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not prompt or not isinstance(prompt, list):
+        stop(f"{where}: field prompt is missing, or neither a string nor a list of messages")
+    try:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates raise what they like for roles they do not know
+        stop(f"{where}: the chat template does not take field prompt: {error}")
+    if len(ids) > args.max_prompt_tokens:
+        if args.drop_long_prompts:
+            return None, None
+        stop(f"{where}: field prompt has {len(ids)} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}: "
+             "raise it, shorten the prompt, or leave such rows out with --drop_long_prompts")  # fmt: skip
+    if field is None:
+        return ids, []
+    text = row.get(field)
+    if not isinstance(text, str):
+        stop(f"{where}: field {field} is missing or not text")
+    response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return ids, response[: args.max_response_tokens]
+
+
+# Copied from sft.Batch
+@dataclass
+class Batch:
+    """Sequences [prompt | response | padding]. Causal models need no attention mask for padding on the right."""
+
+    input_ids: torch.Tensor  # (B, L)
+    predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
+    target: torch.Tensor  # (N,) those response tokens
+    cell: torch.Tensor  # (N,) their flat positions in (B, T)
+    response_mask: torch.Tensor  # (B, T) bool
+
+    def to(self, device):
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+
+
+# Copied from sft.collate
+def collate(rows, pad_token_id: int) -> Batch:
+    """Batch of (prompt ids, response ids) pairs. Masks come from lengths: pad may equal EOS."""
+    length = max(len(p) + len(r) for p, r in rows)
+    width = max(1, *(len(r) for _, r in rows))
+    input_ids = torch.full((len(rows), length), pad_token_id)
+    predict, target, cell = [], [], []
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(rows):
+        input_ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        predict.extend(range(i * length + len(prompt) - 1, i * length + len(prompt) + len(response) - 1))
+        cell.extend(range(i * width, i * width + len(response)))
+        target.extend(response)
+        mask[i, : len(response)] = True
+    return Batch(input_ids, *(torch.tensor(x, dtype=torch.long) for x in (predict, target, cell)), mask)
+
+
+# Copied from sft.micro_batches
+def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
+    """This rank's micro-batches of one optimizer step, of (prompt, response, ...) rows.
+
+    Every rank gets the same number, of one size. Rows are sorted by length so that a micro-batch pads little; where the
+    rows do not divide, a prompt whose response is empty fills up: it has no token in any loss."""
+    count = math.ceil(args.batch_size / (world * args.micro_batch_size))
+    size = world * math.ceil(len(batch) / (world * count))
+    rows = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
+    rows = [(rows[0][0], [], *rows[0][2:])] * (count * size - len(rows)) + rows
+    return [rows[at + rank : at + size : world] for at in range(0, len(rows), size)]
+
+
+# Copied from sft.PLAIN_TEMPLATE
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}Assistant:{{ m.content }}{{ eos_token }}\n"
+    "{% else %}{{ m.role | capitalize }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+# Copied from sft.missing
+def missing(name: str, command: str = ""):
+    """Stop if `name` reads as a local folder that is not there."""
+    if name.startswith(("runs/", "./", "../", "/")) and not Path(name, "config.json").is_file():
+        first = f"run `{command}` first, or " if command else ""
+        stop(f"{name} is not a model folder: {first}name another, or a model on the hub")
+
+
+# Copied from sft.load_tokenizer
+def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    if name == "toy":
+        import toy
+
+        return toy.tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        stop(f"cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}")
+    if chat_template:
+        if chat_template != "plain" and not Path(chat_template).is_file():
+            stop(f"--chat_template {chat_template} does not exist: give a Jinja file, or `plain`")
+        tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
+    if chat and not tokenizer.chat_template:
+        stop(
+            f"{name} has no chat template: train it with `python sft.py --model {name} --chat_template plain` (or a Jinja file)"
+        )
+    if chat and tokenizer.eos_token_id is None:
+        stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths
+    return tokenizer
+
+
+# Copied from sft.load_model
+def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
+    """A stock Hugging Face model: `causal`, `value` (token classification) or `reward` (sequence classification).
+
+    Trained weights are fp32 (bf16 products by autocast, or DeepSpeed's bf16 with fp32 master weights); frozen ones, and
+    the base of LoRA, are bf16 under --bf16."""
+    import transformers
+    from transformers import AutoConfig
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    auto = {
+        "causal": "AutoModelForCausalLM",
+        "value": "AutoModelForTokenClassification",
+        "reward": "AutoModelForSequenceClassification",
+    }
+    auto = getattr(transformers, auto[kind])
+    extra = {} if kind == "causal" else {"num_labels": 1}
+    dtype = torch.bfloat16 if args.bf16 and (frozen or args.lora_r) else torch.float32
+    try:
+        if name == "toy":
+            import toy
+
+            model = auto.from_config(toy.config(**extra), attn_implementation=args.attention, dtype=dtype)
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **extra)
+            if kind == "value":
+                config.classifier_dropout = 0.0
+            model = auto.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation=args.attention,
+                trust_remote_code=args.trust_remote_code,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if kind == "causal":  # a hub model's sampling defaults (top-k, penalties, ...) would bias rollouts
+        ends = model.generation_config.eos_token_id
+        ends = sorted(
+            {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
+        )
+        model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if not frozen and args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if frozen:
+        model.requires_grad_(False).eval()
+    return model
+
+
+# Copied from sft.lora_config
+def lora_config(model, args, head: str | None = None):
+    """LoRA on every linear layer of the backbone; `head` is trained in full and saved with the adapter."""
+    from peft import LoraConfig
+
+    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    targets = sorted(names - {"lm_head", "score", "classifier", "pooler", "dense_head"})
+    return LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets,
+        modules_to_save=[head] if head else None,
+    )  # fmt: skip
+
+
+# Copied from sft.add_lora
+def add_lora(model, args, head: str | None = None):
+    from peft import get_peft_model
+
+    model.enable_input_require_grads()  # for gradient checkpointing: the embeddings are frozen
+    return get_peft_model(model, lora_config(model, args, head))
+
+
+# Copied from sft.plain
+def plain(model):
+    """The Hugging Face model inside a LoRA wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# Copied from sft.Policy
+class Policy(torch.nn.Module):
+    """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
+    of a token it returns -Σ weight · logp instead, a scalar. Losses of whole sequences ask for fp32 logits, whose rounding
+    does not add up over tokens.
+
+    Only response positions go through the LM head, inside the head's own forward: there ZeRO-3 has gathered its weight."""
+
+    def __init__(self, model, logits_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.model = model
+        ends = plain(model).generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+        head = plain(model).get_output_embeddings()
+        plain_forward = head.forward
+        softcap = getattr(plain(model).config, "final_logit_softcapping", None)
+
+        def forward(hidden, target=None, temperature=1.0, token_weight=None):
+            if target is None:
+                return plain_forward(hidden)
+            options = {"bias": head.bias, "temperature": temperature, "softcap": softcap, "logits_dtype": logits_dtype}
+            if token_weight is None:
+                return linear_logprob(hidden, head.weight, target, **options)
+            return linear_nll(hidden, head.weight, target, hidden.new_full(target.shape, token_weight), **options)
+
+        head.forward = forward
+
+    def forward(self, batch: Batch, temperature: float = 1.0, token_weight: float | None = None):
+        hidden = plain(self.model).get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, batch.predict)
+        logp = plain(self.model).get_output_embeddings()(hidden, batch.target, temperature, token_weight)
+        if token_weight is not None:
+            return logp
+        flat = logp.new_zeros(batch.response_mask.numel())
+        return flat.index_copy(0, batch.cell, logp).view(batch.response_mask.shape)
+
+
+# Copied from sft.Engine
+class Engine:
+    """Backward passes and optimizer steps. One process with ZeRO stage 0 is plain torch; anything else is DeepSpeed.
+
+    Losses are already divided by the whole step's token count, so gradients are *summed* over micro-batches and ranks:
+    DeepSpeed's means over both are undone."""
+
+    def __init__(self, module, args, world: int):
+        self.module, self.args, self.world, self.deepspeed = module, args, world, None
+        self.micro_steps = math.ceil(args.batch_size / (world * args.micro_batch_size))
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        plain_torch = world == 1 and not args.zero_stage
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=plain_torch or None
+        )
+        if plain_torch:
+            return
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": args.micro_batch_size,
+            "gradient_accumulation_steps": self.micro_steps,
+            "gradient_clipping": args.max_grad_norm,
+            "zero_optimization": {"stage": args.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": args.bf16},
+            "steps_per_print": 10**9,
+        }
+        self.deepspeed, self.optimizer, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+
+    def __call__(self, *inputs, **options):
+        if self.deepspeed:
+            return self.deepspeed(*inputs, **options)
+        with self.autocast():
+            return self.module(*inputs, **options)
+
+    def autocast(self):
+        """bf16 products for fp32 weights; DeepSpeed casts the weights themselves."""
+        device = next(self.module.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.args.bf16 and not self.deepspeed)
+
+    def set_rate(self, rate: float):
+        """The learning rate of the coming step; call it before the step's first `backward`."""
+        self.rate = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def backward(self, loss):
+        if self.deepspeed:
+            self.deepspeed.backward(loss * (self.world * self.micro_steps))
+            self.deepspeed.step()  # acts once all of the step's micro-batches are in
+        else:
+            loss.backward()
+
+    def step(self):
+        """Returns the gradient's global norm before clipping."""
+        if self.deepspeed:
+            return self.deepspeed.get_global_grad_norm()
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.args.max_grad_norm or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self, folder: Path):
+        if self.deepspeed:
+            self.deepspeed.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+        else:
+            weights = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+            torch.save({"weights": weights, "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
+
+    def load(self, folder: Path):
+        if self.deepspeed:
+            self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        else:
+            saved = torch.load(folder / "engine.pt", weights_only=True)
+            self.module.load_state_dict(saved["weights"], strict=False)
+            self.optimizer.load_state_dict(saved["optimizer"])
+
+    def gathered(self):
+        """Inside this context every rank sees whole weights (ZeRO-3 keeps them in parts)."""
+        if not (self.deepspeed and self.args.zero_stage == 3):
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.module.parameters()))
+
+
+# Copied from sft.Run
+class Run:
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, final/, summary.json."""
+
+    def __init__(self, args, engine: Engine, rank: int, total: int, started: float, bar=("loss",)):
+        self.args, self.engine, self.rank, self.started, self.bar_keys = args, engine, rank, started, bar
+        self.folder, self.step, self.pending, self.state, self.board = Path(args.output_dir), 0, [], {}, None
+        if rank == 0:
+            if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
+                aside = next(p for p in (Path(f"{self.folder}.{i}") for i in range(1, 10**6)) if not p.exists())
+                self.folder.rename(aside)
+                print(f"{self.folder} held an earlier run: moved to {aside}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+            if importlib.util.find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.folder)
+        pause = 0.2 if sys.stderr.isatty() else 30  # seconds between drawings: a log file wants few
+        name = Path(sys.argv[0]).stem
+        self.bar = tqdm(total=total, desc=name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
+
+    def restore(self):
+        """With --resume: weights, optimizer, generators and loop state of the last whole checkpoint."""
+        found = sorted(self.folder.glob("checkpoints/step_*[0-9]")) if self.args.resume else []
+        if found:
+            self.engine.load(found[-1])
+            saved = torch.load(found[-1] / f"rank_{self.rank}.pt", weights_only=True)
+            torch.set_rng_state(saved["cpu"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(saved["cuda"])
+            self.step, self.state = saved["step"], saved["state"]
+            self.bar.update(self.step)
+        for path in self.folder.glob("*.jsonl") if self.rank == 0 else ():  # later steps will be taken again
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
+            kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def log(self, metrics: dict):
+        """End of a step. Tensors are read back every tenth step only, so that the device is not waited for."""
+        self.step += 1
+        self.pending.append({"step": self.step, "seconds": round(time.time() - self.started, 3), **metrics})
+        self.bar.update()
+        save = self.args.save_every and self.step % self.args.save_every == 0
+        if save or self.step % 10 == 0:
+            self.flush()
+        if save:
+            self.checkpoint()
+
+    def flush(self):
+        rows = [{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in self.pending]
+        self.pending = []
+        if self.rank or not rows:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows if self.board else ():
+            for key, value in row.items():
+                if value is not None:  # DeepSpeed without ZeRO tells no gradient norm
+                    self.board.add_scalar(key, value, row["step"])
+        self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys}, refresh=False)
+
+    def checkpoint(self):
+        """Written under a temporary name and renamed when whole; the one before is then removed."""
+        final = self.folder / "checkpoints" / f"step_{self.step:07d}"
+        part = final.with_suffix(".part")
+        part.mkdir(parents=True, exist_ok=True)
+        self.engine.save(part)
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state()
+        torch.save({"step": self.step, "state": self.state, **generators}, part / f"rank_{self.rank}.pt")
+        barrier()
+        if self.rank == 0:
+            part.rename(final)
+            for old in final.parent.iterdir():
+                if old != final:
+                    shutil.rmtree(old)
+        barrier()
+
+    def write(self, model, tokenizer, folder: Path, merge: bool = False):
+        """A Hugging Face folder, renamed when whole; of a LoRA run the adapter, or with `merge` model and adapter."""
+        part = folder.with_name(folder.name + ".part")
+        with self.engine.gathered():
+            if self.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+                if merge and model is not plain(model):
+                    model.save_pretrained(part / "adapter")
+                    model = model.merge_and_unload()
+                model.save_pretrained(part)
+                tokenizer.save_pretrained(part)
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
+
+    def snapshot(self, model, tokenizer):
+        """Every --snapshot_every steps the model as it is, for curves over training: snapshots/step_N/."""
+        if self.args.snapshot_every and self.step % self.args.snapshot_every == 0:
+            self.write(model, tokenizer, self.folder / "snapshots" / f"step_{self.step:07d}")
+
+    def finish(self, model, tokenizer, **summary) -> Path:
+        """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter)."""
+        self.flush()
+        final = self.folder / "final"
+        self.write(model, tokenizer, final, merge=True)
+        seconds = time.time() - self.started
+        memory = (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        summary = {"steps": self.step, "seconds": round(seconds, 1), "peak_memory_mb": round(memory / 2**20), **summary}
+        self.bar.close()
+        if self.rank == 0:
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            print(
+                f"{final}: "
+                + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
+            )
+        barrier()
+        return final
+
+
+# Copied from sft.barrier
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# Copied from sample.TextReward
+class TextReward:
+    """Scores of texts by a frozen reward model, which reads them with its own tokenizer; or `gold`, the toy world's."""
+
+    def __init__(self, name: str, args, device):
+        self.name, self.device, self.mean, self.std = name, device, 0.0, 1.0
+        if name == "gold":
+            if any(part.strip() != "toy" for part in args.data.split(",")):
+                stop("--reward_model gold scores prompts of the toy world only: name a reward model for other --data")
+            return
+        missing(name, "python rm.py")
+        self.decoder = is_decoder(name, args)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        kinds = config.architectures or ()
+        if config.num_labels != 1 or not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            stop(f"{name} is not a reward model with one score: train one with `python rm.py`, or name another")
+        self.tokenizer = load_tokenizer(name, args, chat=self.decoder)
+        model = load_model("reward", name, self.tokenizer, args, frozen=True)
+        self.mean, self.std = (getattr(config, f"reward_{x}", y) for x, y in (("mean", 0.0), ("std", 1.0)))
+        self.model = RewardModel(model, self.decoder).to(device)
+        self.bf16 = args.bf16
+        # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
+        self.limit = getattr(config, "max_position_embeddings", None) or 10**9
+        part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
+        self.limits = SimpleNamespace(max_prompt_tokens=part, max_response_tokens=part, drop_long_prompts=False)
+
+    def __call__(self, prompts: list, texts: list[str], complete: list[bool], batch_size: int = 64) -> list[float]:
+        """One score per (prompt: string or messages, text); `complete` tells which texts came to an EOS."""
+        if self.name == "gold":
+            import toy
+
+            asked = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+            return [
+                toy.gold(prompt, text if whole else f"{text} {toy.UNK}")
+                for prompt, text, whole in zip(asked, texts, complete, strict=True)
+            ]
+        sequences = []
+        for prompt, text, whole in zip(prompts, texts, complete, strict=True):
+            where = f"a response to {str(prompt)[:60]!r}"
+            if not self.decoder:
+                sequences.append(encode_pair(self.tokenizer, prompt, text, where, self.limits))
+                continue
+            ids, response = encode(self.tokenizer, {"prompt": prompt, "text": text}, "text", where, self.limits)
+            sequences.append(ids + (response if whole else response[:-1]))
+            if len(sequences[-1]) > self.limit:
+                stop(f"{where} has {len(sequences[-1])} tokens for the reward model {self.name}, which reads {self.limit}: "
+                     "lower --max_prompt_tokens or --max_response_tokens")  # fmt: skip
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        scores = [0.0] * len(sequences)
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            for at in range(0, len(order), batch_size):
+                some = order[at : at + batch_size]
+                batch = collate_scored([sequences[i] for i in some], self.tokenizer.pad_token_id, self.device)
+                for i, score in zip(some, self.model(*batch).tolist(), strict=True):
+                    scores[i] = score
+        return scores
+
+
+# Copied from rm.RewardModel
+class RewardModel(torch.nn.Module):
+    """A sequence-classification model's scores: (R,) fp32, read at the last token by length (decoder) or as stock."""
+
+    def __init__(self, model, decoder: bool):
+        super().__init__()
+        self.model, self.decoder = model, decoder
+
+    def forward(self, input_ids, lengths):
+        if not self.decoder:
+            mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+            return self.model(input_ids=input_ids, attention_mask=mask.long()).logits.float().squeeze(-1)
+        model = plain(self.model)
+        hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
+        last = torch.arange(len(lengths), device=lengths.device) * input_ids.shape[1] + lengths - 1
+        return getattr(model, head_name(model))(hidden.flatten(0, 1).index_select(0, last)).float().squeeze(-1)
+
+
+# Copied from rm.is_decoder
+def is_decoder(name: str, args) -> bool:
+    """A generative architecture, which reads chats; encoders (BERT, DeBERTa) read text pairs."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto as auto
+
+    try:
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code).model_type
+    except (OSError, ValueError) as error:
+        stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    return kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+# Copied from rm.collate_scored
+def collate_scored(sequences: list[list[int]], pad_token_id: int, device):
+    """Right-padded (R, L) ids and (R,) lengths."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    input_ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
+    for i, sequence in enumerate(sequences):
+        input_ids[i, : len(sequence)] = torch.tensor(sequence)
+    return input_ids.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+
+
+# Copied from rm.encode_pair
+def encode_pair(tokenizer, prompt, text, where: str, args):
+    """Ids of (prompt, response) as an encoder's text pair, each cut from its far end: what is near the seam stays."""
+    if isinstance(prompt, list):
+        prompt = "\n\n".join(m["content"] for m in prompt)
+    if not isinstance(prompt, str) or not isinstance(text, str):
+        stop(f"{where}: field prompt or text is missing or not text")
+    a, b = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
+    a, b = a[-args.max_prompt_tokens :], b[: args.max_response_tokens]
+    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return [start, *a, end, *b, end]
+
+
+# Copied from gvm.head_name
+def head_name(model) -> str:
+    """What the architecture calls its linear head: `score` (Llama, Mistral, Qwen) or `classifier` (GPT-NeoX, GPT-2)."""
+    return "score" if hasattr(model, "score") else "classifier"
+
+
+if __name__ == "__main__":
+    main()
