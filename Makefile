@@ -26,6 +26,9 @@ demo-all: demo  ## and the other advantages of DVPO, a GVM without tau, and ever
 	$(PY) dpo.py $(RUN)/slic $(SAMPLED) --snapshot_every 24 --loss slic --nll_coef 3 --learning_rate 3e-4
 	$(PY) dpo.py $(RUN)/rrhf $(SAMPLED) --snapshot_every 24 --loss rrhf --nll_coef 10 --learning_rate 3e-4
 	$(PY) rest.py $(RUN)/rest $(SAMPLED) --snapshot_every 72
+	$(PY) ppo.py $(RUN)/ppo --policy $(SFT) --reward_model $(DEMO)/rm/final --snapshot_every 20
+	for b in remax rloo grpo reinforce++; do $(PY) reinforce.py --baseline $$b $(RUN)/$$b --policy $(SFT) \
+		--reward_model $(DEMO)/rm/final --snapshot_every 20 || exit; done
 	$(PY) eval/demo.py $(DEMO)
 	$(PY) eval/report.py $(DEMO)
 

@@ -50,6 +50,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from kernels import linear_logprob, linear_nll, normalize_values
 
