@@ -65,6 +65,38 @@ def test_kernels():
     assert shown >= 4
 
 
+@pytest.mark.parametrize(
+    ("start", "algo", "shared"),
+    [("PPO, 100M", "ppo", False), ("DVPO |", "dvpo", False), ("DVPO, `--share_backbone`", "dvpo", True)],
+)
+def test_steps(start, algo, shared):
+    found = json.loads((ROOT / "bench" / "results" / "step_cpu_100m.json").read_text())
+    (row,) = [r for r in found["rows"] if (r["algo"], r["share_backbone"]) == (algo, shared)]
+    ratio, seconds = row["ratio_to_ppo"], row["seconds"]
+    expected = [round(seconds["update"], 1), round(ratio["update"], 2)]
+    expected += [round(seconds["scoring"] + seconds["update"], 1), round(ratio["scoring_update"], 2)]
+    expected += [round(seconds["total"], 1), round(ratio["total"], 2), round(ratio["memory"], 2)]
+    assert numbers(start) == expected and found["commit"] in README
+
+
+def test_the_diff_from_ppo_to_dvpo_is_the_real_one():
+    """Lines with - stand in ppo.py alone, lines with + in dvpo.py alone, the others in both; each hunk in this order."""
+    section = README[README.index("## From PPO to DVPO") :].split("\n## ")[0]
+    hunks = re.findall(r"```diff\n(.*?)```", section, re.S)
+    files = {name: (ROOT / f"{name}.py").read_text().splitlines() for name in ("ppo", "dvpo")}
+    assert len(hunks) == 4
+    for hunk in hunks:
+        lines = [(line[0], line[1:]) for line in hunk.splitlines()]
+        for name, own, other in (("ppo", "-", "dvpo"), ("dvpo", "+", "ppo")):
+            at = 0
+            for sign, text in lines:
+                if sign == own:
+                    assert text not in files[other], text
+                if sign in (own, " "):
+                    assert text in files[name][at:], text
+                    at += files[name][at:].index(text) + 1
+
+
 def test_what_it_names_exists():
     for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / path).is_file(), path
