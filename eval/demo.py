@@ -25,7 +25,7 @@ import dvpo
 import gvm
 import sample
 import toy
-from eval import calibration
+from eval import calibration, diversity
 
 SAMPLES = 8  # responses per held-out prompt
 POINTS = 4  # responses per held-out prompt where there are snapshots: a point of the frontier
@@ -50,6 +50,12 @@ def grade_policy(folder, reference, prompts, ids, rewards, args, seed: int, n: i
         "length_quartiles": found["length"]["quartiles"],
         "misaligned_gold": found["misaligned"]["gold"],
     }
+    if n == SAMPLES:
+        texts = [
+            {"responses": [{"text": text} for text in drawn["text"][at : at + n]]} for at in range(0, len(parsed), n)
+        ]
+        found_diversity = diversity.measure(texts, str.split, len(toy.WORDS), n)
+        row["diversity"] = {name: found_diversity[name]["mean"] for name in ("ead", "self_bleu_2", "self_bleu_3")}
     if "proxy" in rewards:
         mean, std = rewards["proxy"].mean, rewards["proxy"].std
         row["proxy"] = {"mean": (found["reward"]["proxy"]["mean"] - mean) / std}  # in the RM's standardised units

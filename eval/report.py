@@ -281,6 +281,24 @@ def frontier_lines(results: dict) -> dict:
     }
 
 
+def draw_lengths(methods: dict, ink: str) -> Figure:
+    """Response lengths: box from the first to the third quartile, line at the median, whiskers to the extremes."""
+    figure = Figure((10, 0.6 + 0.36 * len(methods)), layout="constrained")
+    axis = figure.subplots()
+    stats = []
+    for name, row in methods.items():
+        keys = ("whislo", "q1", "med", "q3", "whishi")
+        stats.append(dict(zip(keys, row["length_quartiles"])) | {"label": name, "fliers": [], "mean": row["length"]})
+    line = {"color": ink, "linewidth": 1}
+    axis.bxp(stats, vert=False, showmeans=True, patch_artist=True, widths=0.55, whiskerprops=line, capprops=line,
+             boxprops={"facecolor": COLOURS[5], "edgecolor": ink, "linewidth": 0.8, "alpha": 0.6},
+             medianprops={"color": ink, "linewidth": 2},
+             meanprops={"marker": "D", "markersize": 5, "markerfacecolor": COLOURS[1], "markeredgecolor": ink})  # fmt: skip
+    axis.invert_yaxis(), axis.set_xlabel("tokens, EOS included"), axis.set_xlim(left=0)
+    axis.grid(axis="x", color=ink, alpha=0.13, linewidth=0.7), axis.tick_params(length=3, width=0.7)
+    return figure
+
+
 def over_optimised(frontier: dict) -> list[tuple[str, float, float]]:
     """(method, fall of gold, rise of proxy) from the point of highest gold to the last one, where the proxy rose and gold
     fell so far that their 95 % intervals do not meet: the highest of several noisy points is always a little too high."""
@@ -446,6 +464,24 @@ def frontier_section(frontier: dict, best_of_n: list) -> Raw:
         )  # fmt: skip
         parts.append(p(text))
     return section("frontier", "Reward against KL", *parts)
+
+
+def lengths_section(methods: dict) -> Raw:
+    picture = svg(draw_lengths, methods, label="response lengths of each method as boxes")
+    caption = "Box: first to third quartile; line: median; diamond: mean; whiskers: shortest and longest."
+    rows = [
+        (name, num(row["length"], 1), *(num(row["diversity"][x], 3) for x in ("ead", "self_bleu_2", "self_bleu_3")))
+        for name, row in methods.items()
+        if "diversity" in row
+    ]
+    head = ("run", "mean tokens", "EAD", "Self-BLEU-2", "Self-BLEU-3")
+    return section(
+        "lengths", "Lengths and diversity",
+        Raw(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"),
+        table(head, rows, "numbers") if rows else Raw(""),
+        p("Diversity among the responses to one prompt, averaged over prompts: a higher EAD (expectation-adjusted distinct "
+          "tokens) and a lower Self-BLEU are more diverse.", "note") if rows else Raw(""),
+    )  # fmt: skip
 
 
 def gvm_section(results: dict) -> Raw:
@@ -650,6 +686,8 @@ def report(folder: Path) -> Path:
         lines = frontier_lines(results)
         parts.append(frontier_section(lines, results.get("best_of_n", [])))
         png(draw_frontier, lines, results.get("best_of_n", []), path=folder / "frontier.png")
+    if methods and all("length_quartiles" in row for row in methods.values()):
+        parts.append(lengths_section(methods))
     if "gvm" in results:
         parts.append(gvm_section(results))
     if (folder / "gvm" / "final" / "config.json").is_file():

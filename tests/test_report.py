@@ -214,6 +214,22 @@ def test_colours():
     assert report.colours(-2, 1) == report.colours(-1, 1)
 
 
+def test_lengths(folder):
+    results = json.loads((folder / "results.json").read_text())
+    for row in results["methods"].values():
+        row |= {
+            "length_quartiles": [2, 9, 14, 20, 40],
+            "diversity": {"ead": 0.4321, "self_bleu_2": 0.61, "self_bleu_3": 0.5},
+        }
+    (folder / "results.json").write_text(json.dumps(results))
+    page = report.report(folder).read_text()
+    sections = [attrs["id"] for tag, attrs in Tags(page).seen if tag == "section"]
+    assert sections == [*SECTIONS[:2], "lengths", *SECTIONS[2:]] and "0.432" in page and EVIL not in page
+    figure = report.draw_lengths({"a": results["methods"]["sft"]}, "black")
+    box = figure.axes[0].patches[0].get_path().vertices[:, 0]
+    assert (box.min(), box.max()) == (9, 20)
+
+
 def test_frontier(folder):
     results = json.loads((folder / "results.json").read_text())
     for row, kl, proxy in zip(results["methods"].values(), (0.0, 2.0, 3.0, 4.0), (0.0, 1.5, 2.5, 1.0)):
