@@ -69,7 +69,7 @@ class Args:
     """take the first n responses of a row; 0 takes all"""
     pairs: Literal["upper", "full", "mean"] = "upper"
     """i <= j (eq. 20), the paper's code, or a plain mean without log-sum-exp: three different losses"""
-    gamma: float = 0.35
+    gamma: float = 0.25
     """KL strength, in standard deviations of a prompt's rewards (paper: 0.05); the optimum's KL is about 1 / (2 gamma^2) nats"""
     lam: float = 1.0
     """temperature of the log-sum-exp over pairs (paper: hardly matters)"""
