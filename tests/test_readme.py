@@ -14,7 +14,7 @@ TOY = json.loads((ROOT / "bench" / "results" / "toy.json").read_text())
 
 def numbers(start: str) -> list[float]:
     """The numbers of the one table row that starts so, from its second cell on."""
-    (row,) = [line for line in README.splitlines() if line.startswith(f"| {start}")]
+    row = next(line for line in README.splitlines() if line.startswith(f"| {start}"))
     return [float(x) for x in re.findall(r"-?\d+\.\d+", row.split("|", 2)[2])]
 
 
@@ -46,6 +46,27 @@ def test_values(start, where):
         row = row[key]
     expected = [row[span][kind]["mean"] for kind in ("correlation", "mse") for span in ("all", "first3")]
     assert numbers(start) == [round(x, 3) for x in expected]
+
+
+NAMES = {"SFT": "sft", "DVPO, `gae`": "dvpo", "DVPO, `q` (paper)": "dvpo_q", "REINFORCE++": "reinforce++"} | {
+    name: name.lower() for name in ("PPO", "ReMax", "RLOO", "GRPO", "VCB", "DPO", "IPO", "SLiC", "RRHF", "ReST")
+}
+
+
+def test_comparison():
+    """The table of all methods, cell by cell."""
+    methods = json.loads((ROOT / "bench" / "results" / "toy_all.json").read_text())["methods"]
+    section = README[README.index("### Beside the baselines") :].split("\n###")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    assert {NAMES[row[0]] for row in rows[2:]} == set(methods)
+    for name, gold, proxy, kl, malformed, misaligned, tokens, ead in rows[2:]:
+        row = methods[NAMES[name]]
+        low, high = row["gold"]["mean"]["ci95"]
+        assert gold == f"{row['gold']['mean']['mean']:.2f} [{low:.2f}, {high:.2f}]"
+        assert (proxy, kl) == (f"{row['proxy']['mean']['mean']:.2f}", f"{row['kl']['mean']:.2f}")
+        assert malformed == f"{100 * row['malformed']['mean']:.1f} %"
+        assert misaligned == (f"{100 * row['misaligned']['mean']:.1f} %" if "misaligned" in row else "–")
+        assert (tokens, ead) == (f"{row['length']['mean']:.1f}", f"{row['diversity']['ead']['mean']:.2f}")
 
 
 def test_kernels():
