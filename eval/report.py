@@ -257,7 +257,8 @@ def draw_frontier(frontier: dict, best_of_n: list, ink: str) -> Figure:
             axis.plot(x[-1:], y[-1:], "o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
         if best_of_n:
             x, y = [row["kl"] for row in best_of_n], [row[key] for row in best_of_n]
-            label = f"best of n = {', '.join(f'{row['n']:.0f}' for row in best_of_n)} (bound)"
+            sizes = ", ".join(f"{row['n']:.0f}" for row in best_of_n)
+            label = f"best of n = {sizes} (bound)"
             axis.plot(x, y, color=ink, linestyle=":", marker=".", linewidth=1.6, label=label)
         axis.set_title(title, fontsize=11), axis.set_xlabel("KL to the SFT policy, nats per response")
         axis.grid(color=ink, alpha=0.13, linewidth=0.7), axis.tick_params(length=3, width=0.7)
