@@ -431,11 +431,11 @@ def methods_section(methods: dict) -> Raw:
             num(gold["mean"]), f"[{num(low)}, {num(high)}]", dot_interval(gold["mean"], low, high, domain),
             percent(row["malformed"]), num(row["kl"]),
             *([num(row["proxy"]["mean"]), "–" if row.get("misaligned") is None else percent(row["misaligned"])] if proxy else []),
-            num(row["length"], 1), num(row["clauses"]), f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}",
+            num(row["length"], 1), *([] if proxy else [num(row["clauses"])]), f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}",
         ])  # fmt: skip
     axis = Raw(f'<span class="ends"><span>{num(domain[0])}</span><span>{num(domain[1])}</span></span>')
     head = ["run", "gold", "95 % interval", axis, "malformed", "KL", *(["proxy", "misaligned"] if proxy else []),
-            "tokens", "clauses", "seconds", "peak MB"]  # fmt: skip
+            "tokens", *([] if proxy else ["clauses"]), "seconds", "peak MB"]  # fmt: skip
     return section(
         "methods", "Methods", table(head, rows, "numbers methods"),
         p(f"{demo.SAMPLES} responses at temperature 1 to each of {len(toy.prompts('heldout'))} held-out prompts. The "
@@ -614,7 +614,7 @@ p{max-width:48rem;margin:.6rem 0} .lead{font-size:1.08rem} .note,figcaption{colo
   white-space:nowrap}
 figure{margin:0} svg.figure{display:block;width:100%;height:auto} svg.figure text{font-family:inherit!important}
 table{border-collapse:collapse;width:100%;margin:1rem 0;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.38rem .6rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
+th,td{padding:.38rem .5rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
 thead th{font-weight:550;color:var(--soft);font-size:.82rem;vertical-align:bottom}
 .numbers td:nth-child(n+2),.numbers thead th:nth-child(n+2){text-align:right;white-space:nowrap}
 .scroll{overflow-x:auto} .scroll table{margin:.3rem 0} .numbers td{vertical-align:middle}
