@@ -291,7 +291,7 @@ def draw_lengths(methods: dict, ink: str) -> Figure:
         keys = ("whislo", "q1", "med", "q3", "whishi")
         stats.append(dict(zip(keys, row["length_quartiles"])) | {"label": name, "fliers": [], "mean": row["length"]})
     line = {"color": ink, "linewidth": 1}
-    axis.bxp(stats, vert=False, showmeans=True, patch_artist=True, widths=0.55, whiskerprops=line, capprops=line,
+    axis.bxp(stats, orientation="horizontal", showmeans=True, patch_artist=True, widths=0.55, whiskerprops=line, capprops=line,
              boxprops={"facecolor": COLOURS[5], "edgecolor": ink, "linewidth": 0.8, "alpha": 0.6},
              medianprops={"color": ink, "linewidth": 2},
              meanprops={"marker": "D", "markersize": 5, "markerfacecolor": COLOURS[1], "markeredgecolor": ink})  # fmt: skip
