@@ -139,7 +139,8 @@ class Model:
             seen[text] = seen.get(text, 0) + 1
             jobs += [(i, sample.key_of(sample.key_of(seed, text, seen[text]), j)) for j in range(n)]
         found = []
-        for at in tqdm(range(0, len(jobs), batch_size), desc="sampling", mininterval=2, leave=False):
+        short = len(jobs) <= 8 * batch_size  # too soon over for a bar
+        for at in tqdm(range(0, len(jobs), batch_size), desc="sampling", mininterval=2, leave=False, disable=short):
             some = jobs[at : at + batch_size]
             noise = sample.KeyedNoise([key for _, key in some], self.args, self.device)
             found += sample.sample_responses(
