@@ -86,6 +86,7 @@ def test_a_model_is_sampled(tmp_path, capsys):
     assert found == samples.samples(folder, args, n=4)
     args.temperature = 0
     assert len({r["text"] for r in samples.samples(folder, args, n=4)[0]["responses"]}) == 1
+    capsys.readouterr()
     stopped(capsys, lambda: samples.samples(folder, samples.Sampling()), "--prompts")
 
 
