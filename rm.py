@@ -19,9 +19,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import gzip
+import functools
 import importlib.util
-import io
 import json
 import math
 import os
@@ -30,7 +29,10 @@ import re
 import resource
 import shutil
 import sys
+import tempfile
+import threading
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,6 +40,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers import AutoConfig
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Args:
     """pairs `prompt, chosen, rejected` or graded rows `prompt, responses: [{text, score}]`; several, comma-separated"""
     split: str = "train"
     """the part of the data to read: `train`, `train[30%:80%]` (of a fixed shuffle), `train[2000:4000]`"""
+    skip_bad_rows: bool = False
+    """leave out rows of your own file that cannot be used (as is done with hub data) instead of stopping at the first"""
     output_dir: str = "runs/rm"
     """the run's folder: args.json, metrics.jsonl, checkpoints/, final/"""
     seed: int = 0
@@ -60,8 +65,6 @@ class Args:
     """peak learning rate of AdamW, linear to zero (paper: 2e-5 with LoRA)"""
     warmup_steps: int = 10
     """steps of linear warm-up"""
-    weight_decay: float = 0.0
-    """AdamW's weight decay"""
     max_grad_norm: float = 1.0
     """gradient clipping by global norm; 0 turns it off"""
     batch_size: int = 8
@@ -69,27 +72,23 @@ class Args:
     micro_batch_size: int = 8
     """rows per forward pass on one rank"""
     max_prompt_tokens: int = 64
-    """a longer prompt is an error, or left out with --drop_long_prompts"""
+    """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 64
-    """a longer response is cut, and then has no EOS"""
-    drop_long_prompts: bool = False
-    """leave out rows whose prompt is longer than --max_prompt_tokens instead of stopping"""
+    """a longer response is cut, and then has no end token"""
     eval_share: float = 0.05
     """share of the prompts held out for the closing accuracy"""
     lora_r: int = 0
-    """rank of LoRA adapters on all linear layers (paper: 8); 0 trains all weights"""
-    lora_alpha: int = 32
-    """LoRA's alpha"""
+    """rank of LoRA adapters (alpha 32) on all linear layers (paper: 8); 0 trains all weights"""
     lora_dropout: float = 0.1
     """LoRA's dropout"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage; one process with stage 0 needs no DeepSpeed"""
+    """DeepSpeed ZeRO stage (with --bf16 on several ranks 1 or more); one process with stage 0 needs no DeepSpeed"""
     bf16: bool = False
     """bfloat16 matrix products (GPU)"""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """PyTorch's own, flash-attn (to be installed), or the plain product"""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """auto: what suits the family; PyTorch's own, flash-attn (to be installed), or the plain product"""
     save_every: int = 0
     """steps between checkpoints to resume from; 0 writes none"""
     resume: bool = False
@@ -98,18 +97,18 @@ class Args:
     """allow code that comes with a hub model"""
 
 
-_paper = Args(
-    data="openbmb/UltraFeedback", split="train[30%:80%]", epochs=2, learning_rate=2e-5, warmup_steps=0, batch_size=8,
-    micro_batch_size=1, max_prompt_tokens=512, max_response_tokens=512, drop_long_prompts=True, lora_r=8,
-    gradient_checkpointing=True, bf16=True, zero_stage=1, save_every=500,
-)  # fmt: skip
-PRESETS: dict[str, Args] = {
-    "llama3.2-3b": dataclasses.replace(_paper),
-    "llama3-8b": dataclasses.replace(_paper, zero_stage=3),
-    "deberta-v3-large": dataclasses.replace(
-        _paper, model="microsoft/deberta-v3-large", data="Anthropic/hh-rlhf", split="train", lora_r=0, batch_size=32,
-        micro_batch_size=4, learning_rate=1e-5, epochs=1, gradient_checkpointing=False, attention="eager",
-    ),
+PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings
+    "data": "openbmb/UltraFeedback", "split": "train[30%:80%]", "epochs": 2, "learning_rate": 2e-5, "warmup_steps": 0,
+    "micro_batch_size": 1, "max_prompt_tokens": 512, "max_response_tokens": 512, "lora_r": 8,
+}  # fmt: skip
+_gpus = {"gradient_checkpointing": True, "bf16": True, "zero_stage": 1, "save_every": 500}
+PRESETS = {
+    "llama3.2-3b": _gpus,
+    "llama3-8b": {**_gpus, "zero_stage": 3},
+    "deberta-v3-large": {  # the VCB paper's; an encoder: all weights, no checkpointing
+        "model": "microsoft/deberta-v3-large", "data": "Anthropic/hh-rlhf", "split": "train", "lora_r": 0, "batch_size": 32,
+        "micro_batch_size": 4, "learning_rate": 1e-5, "epochs": 1, **_gpus, "gradient_checkpointing": False,
+    },
 }  # fmt: skip
 
 
@@ -131,13 +130,20 @@ def ordered_pairs(scores: list[float]) -> list[tuple[int, int]]:
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-@dataclass
-class Question:
-    """A row: token sequences [prompt ; response] as the model reads them, and the scores that order them."""
+# Copied from gvm.head_name
+def head_name(model) -> str:
+    """What the architecture calls its linear head: `score` (Llama, Mistral, Qwen) or `classifier` (GPT-NeoX, GPT-2)."""
+    return "score" if hasattr(model, "score") else "classifier"
 
-    key: str
-    sequences: list[list[int]]
-    scores: list[float]
+
+# Copied from gvm.read_head
+def read_head(model, input_ids, position):
+    """The one-label head's output, fp32, at flat positions of input_ids (B, L); in the precision that its weights have."""
+    model = plain(model)
+    hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden, head = hidden.flatten(0, 1).index_select(0, position), getattr(model, head_name(model))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).float().squeeze(-1)
 
 
 class RewardModel(torch.nn.Module):
@@ -151,15 +157,12 @@ class RewardModel(torch.nn.Module):
         if not self.decoder:
             mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
             return self.model(input_ids=input_ids, attention_mask=mask.long()).logits.float().squeeze(-1)
-        model = plain(self.model)
-        hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
         last = torch.arange(len(lengths), device=lengths.device) * input_ids.shape[1] + lengths - 1
-        return getattr(model, head_name(model))(hidden.flatten(0, 1).index_select(0, last)).float().squeeze(-1)
+        return read_head(self.model, input_ids, last)
 
 
 def is_decoder(name: str, args) -> bool:
     """A generative architecture, which reads chats; encoders (BERT, DeBERTa) read text pairs."""
-    from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as auto
 
     try:
@@ -171,9 +174,10 @@ def is_decoder(name: str, args) -> bool:
 
 def distinct_pad(tokenizer):
     """Stock sequence classification scores the last token that is not pad: with pad = EOS, one too early. Take another."""
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        used = {tokenizer.eos_token, tokenizer.bos_token}
-        spare = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content not in used]
+    ends = {tokenizer.eos_token_id, control_tokens(tokenizer)[0]}
+    if tokenizer.pad_token_id in ends:
+        added = tokenizer.added_tokens_decoder.items()
+        spare = [t.content for i, t in added if t.special and i not in {*ends, tokenizer.bos_token_id}]
         if spare:
             tokenizer.pad_token = next((t for t in spare if "pad" in t.lower()), spare[-1])
         else:
@@ -190,48 +194,56 @@ def collate_scored(sequences: list[list[int]], pad_token_id: int, device):
     return input_ids.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def load_questions(tokenizer, decoder: bool, args) -> list[Question]:
-    questions = []
-    for row, where in load_rows(args.data, args.split, "graded", args.seed):
-        if "responses" in row:
-            responses = row["responses"]
-        elif "chosen" in row and "rejected" in row:
-            responses = [{"text": row["chosen"], "score": 1.0}, {"text": row["rejected"], "score": -1.0}]
-        else:
-            stop(f"{where}: no field responses, nor chosen and rejected: rm.py needs pairs or graded responses")
-        sequences, scores = [], []
-        for response in responses:
-            score = response.get("score")
-            if not isinstance(score, (int, float)) or not math.isfinite(score):
-                stop(f"{where}: field score is {score!r}, not a finite number")
-            if decoder:
-                prompt, ids = encode(
-                    tokenizer, {"prompt": row.get("prompt"), "text": response.get("text")}, "text", where, args
-                )
-                sequence = None if prompt is None else prompt + ids
-            else:
-                sequence = encode_pair(tokenizer, row.get("prompt"), response.get("text"), where, args)
-            if sequence is not None:
-                sequences.append(sequence)
-                scores.append(float(score))
-        if ordered_pairs(scores):
-            questions.append(Question(json.dumps(row["prompt"]), sequences, scores))
-    return questions
+def graded(row: dict) -> list[dict]:
+    """The responses [{text, score, policy}] of a row; of a pair the chosen one scores 1, the rejected one -1."""
+    sides = {"chosen": 1.0, "rejected": -1.0}
+    if "responses" not in row and not all(side in row for side in sides):
+        raise ValueError("no field responses, nor chosen and rejected: pairs or graded responses are needed")
+    pair = [{"text": row.get(side), "score": x, "policy": row.get(f"{side}_policy")} for side, x in sides.items()]
+    responses = row.get("responses", pair)
+    if any(response.get("score") is None for response in responses):
+        raise ValueError("field score is missing: it must be a finite number")
+    return responses
 
 
-def encode_pair(tokenizer, prompt, text, where: str, args):
+def encode_graded(tokenizer, row: dict, args):
+    """(prompt ids, [response ids], scores) of a graded row or a pair; ValueError if it cannot be used."""
+    responses = graded(row)
+    prompt, _ = encode(tokenizer, row, None, args)
+    return (
+        prompt,
+        [response_ids(tokenizer, r.get("text"), args) for r in responses],
+        [float(r["score"]) for r in responses],
+    )
+
+
+def encode_pair(tokenizer, prompt, text, args):
     """Ids of (prompt, response) as an encoder's text pair, each cut from its far end: what is near the seam stays."""
-    if isinstance(prompt, list):
-        prompt = "\n\n".join(m["content"] for m in prompt)
-    if not isinstance(prompt, str) or not isinstance(text, str):
-        stop(f"{where}: field prompt or text is missing or not text")
-    a, b = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
+    if not isinstance(text, str):
+        raise ValueError("field text is missing or not text")
+    prompt = "\n\n".join(m["content"] for m in as_messages(prompt))
+    a, b = (text_ids(tokenizer, part) for part in (prompt, text))
     a, b = a[-args.max_prompt_tokens :], b[: args.max_response_tokens]
     start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
     return [start, *a, end, *b, end]
+
+
+def sequences_of(tokenizer, row: dict, decoder: bool, args) -> list:
+    """[(key of the prompt, token sequences [prompt ; response] as the model reads them, scores)] of a row, none if its
+    scores do not order it."""
+    if decoder:
+        prompt, responses, scores = encode_graded(tokenizer, row, args)
+        sequences = [prompt + response for response in responses]
+    else:
+        responses, scores = graded(row), [float(r["score"]) for r in graded(row)]
+        sequences = [encode_pair(tokenizer, row.get("prompt"), r.get("text"), args) for r in responses]
+    return [(json.dumps(row["prompt"]), sequences, scores)] if len(set(scores)) > 1 else []
+
+
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 def train(args: Args) -> Path:
@@ -242,16 +254,16 @@ def train(args: Args) -> Path:
     tokenizer = load_tokenizer(args.model, args, chat=decoder)
     if decoder:
         distinct_pad(tokenizer)
-    questions = load_questions(tokenizer, decoder, args)
-    keys = sorted({question.key for question in questions})
+    questions = load_data(args, "graded", lambda row: sequences_of(tokenizer, row, decoder, args))
+    asked = [key for key, *_ in questions]
+    keys = sorted(set(asked))
     held_out = {keys[i] for i in shuffled(len(keys), args.seed, -1)[: int(args.eval_share * len(keys))]}
-    training = [question for question in questions if question.key not in held_out]
+    training = [i for i, key in enumerate(asked) if key not in held_out]
     if not training:
         stop(f"{args.data} ({args.split}) has no pair of responses with different scores: there is nothing to learn")
     torch.manual_seed(args.seed)
     model = load_model("reward", args.model, tokenizer, args)
-    if args.lora_r:
-        model = add_lora(model, args, head=head_name(model))
+    model = add_lora(model, args, head=head_name(model)) if args.lora_r else model
     reward_model = RewardModel(model, decoder).to(device)
 
     per_epoch = math.ceil(len(training) / args.batch_size)
@@ -264,17 +276,18 @@ def train(args: Args) -> Path:
     for step in range(run.step, total):
         order = shuffled(len(training), args.seed, step // per_epoch)
         at = (step % per_epoch) * args.batch_size
-        batch = [([], max(q.sequences, key=len), q) for q in (training[i] for i in order[at : at + args.batch_size])]
-        pairs = sum(len(ordered_pairs(q.scores)) for *_, q in batch)
+        some = [questions[training[i]] for i in order[at : at + args.batch_size]]
+        batch = [([], max(sequences, key=len), sequences, scores) for _, sequences, scores in some]
+        pairs = sum(len(ordered_pairs(scores)) for *_, scores in batch)
         sums = torch.zeros(2, device=device)
         engine.set_rate(args.learning_rate * schedule(step, total, args.warmup_steps, "linear"))
         for micro in micro_batches(batch, rank, world, args):
             better, worse, sequences = [], [], []
-            for _, longest, question in micro:
-                for i, j in ordered_pairs(question.scores) if longest else ():  # an empty row only fills the batch
+            for _, longest, of, scores in micro:
+                for i, j in ordered_pairs(scores) if longest else ():  # an empty row only fills the batch
                     better.append(len(sequences) + i)
                     worse.append(len(sequences) + j)
-                sequences += question.sequences
+                sequences += of
             rewards = engine(*collate_scored(sequences, tokenizer.pad_token_id, device))
             better, worse = (torch.tensor(x, dtype=torch.long, device=device) for x in (better, worse))
             loss, right = reward_loss(rewards[better], rewards[worse], pairs)
@@ -286,99 +299,142 @@ def train(args: Args) -> Path:
             {"loss": loss, "accuracy": accuracy, "learning_rate": engine.rate, "grad_norm": grad_norm, "pairs": pairs}
         )
 
-    engine.module.eval()
-    rewards = torch.tensor([r for question in training[:1000] for r in score(engine, question, tokenizer, device)])
+    reward_model.eval()
+    some = training[:1000] + [i for i, key in enumerate(asked) if key in held_out]
+    found = dict(zip(some, score(engine, [questions[i] for i in some], tokenizer, rank, world, device), strict=True))
+    rewards = torch.tensor([reward for i in training[:1000] for reward in found[i]])
     config = plain(model).config
     config.reward_mean, config.reward_std = float(rewards.mean()), float(rewards.std(correction=0))
-    held = [
-        (question, score(engine, question, tokenizer, device)) for question in questions if question.key in held_out
-    ]
-    wins = [r[i] > r[j] for question, r in held for i, j in ordered_pairs(question.scores)]
+    held = [(found[i], questions[i][2]) for i in some if asked[i] in held_out]
+    wins = [rewards[i] > rewards[j] for rewards, scores in held for i, j in ordered_pairs(scores)]
     return run.finish(model, tokenizer, accuracy=round(sum(wins) / len(wins), 4) if wins else None)
 
 
-def score(engine, question: Question, tokenizer, device) -> list[float]:
-    """Rewards of a question's responses."""
+def score(engine, questions, tokenizer, rank: int, world: int, device) -> list[list[float]]:
+    """Rewards of the questions' responses, shared out over the ranks: each takes as many, the last ones perhaps twice."""
+    count = math.ceil(len(questions) / world)
+    mine = [questions[i % len(questions)] for i in range(rank * count, rank * count + count)]
     with torch.no_grad():
-        return engine(*collate_scored(question.sequences, tokenizer.pad_token_id, device)).tolist()
+        found = [engine(*collate_scored(of, tokenizer.pad_token_id, device)).tolist() for _, of, _ in mine]
+    return gather_lists(found, world)[: len(questions)]
 
 
 def main(argv=None):
-    train(parse_args(Args, PRESETS, argv, __doc__))
+    train(parse_args(Args, PRESETS, PAPER, argv, __doc__))
 
 
 # ====================================================================================================================
-# Plumbing: data, models, engine, run folder. The same text in every script (tests/test_copies.py).
+# Plumbing: flags, ranks, data, models, engine, run folder. The same text in every script (tests/test_copies.py).
 # ====================================================================================================================
 
 
-# Copied from gvm.head_name
-def head_name(model) -> str:
-    """What the architecture calls its linear head: `score` (Llama, Mistral, Qwen) or `classifier` (GPT-NeoX, GPT-2)."""
-    return "score" if hasattr(model, "score") else "classifier"
+# Copied from sft.read_flags
+def read_flags(kinds, argv, doc: str, **options):
+    """Flags as a dataclass, or one of a union of them: subcommands. Of several ranks the first one tells a mistake."""
+    import tyro
 
-
-# Copied from sft.stop
-def stop(message: str):
-    """A user's mistake: one line that says what to do, exit code 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr)
-    ended = SystemExit(2)
-    ended.message = message
-    raise ended
+    tell = os.environ.get("RANK", "0") == "0"
+    return tyro.cli(kinds, args=argv, description=doc, use_underscores=True, console_outputs=tell, **options)
 
 
 # Copied from sft.parse_args
-def parse_args(args_class, presets, argv=None, doc=""):
-    """`[PRESET] [--flag value ...]`: a preset is a named set of defaults."""
-    import tyro
+def parse_args(args_class, presets, paper, argv=None, doc=""):
+    """`[PRESET] [--flag value ...]`. A flag that is not given has the toy world's value for a model of toy.py's, and
+    `paper`'s, or the preset's, for any other."""
+    import toy
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    default = args_class()
-    if argv and not argv[0].startswith("-"):
-        name = argv.pop(0)
-        if name not in presets:
-            stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
-        default = presets[name]
-    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}" if presets else doc
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(shown):
-            args = tyro.cli(args_class, args=argv, default=default, description=description, use_underscores=True)
-    except SystemExit as ended:
-        if not ended.code:  # --help
-            raise
-        wrong = re.split("[─-]{3,}", shown.getvalue())[1]  # of a box with a title, what is wrong, and advice
-        stop(" ".join(re.sub("[╮╰│]", " ", wrong).split()) + " See --help")
+    preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if preset and preset not in presets:
+        stop(f"unknown preset {preset!r}: choose from {', '.join(presets)}, or give flags only")
+    read = lambda values: read_flags(args_class, argv, doc, default=args_class(**values))
+    doc += f"\n\nPresets (first argument): {', '.join(presets)}"
+    args = read(paper | presets[preset] if preset else {})
+    start = getattr(args, "model", None) or args.policy
+    if preset and toy.is_model(start):
+        stop(f"preset {preset} is for real models, and {start} is of the toy world: name yours, or give no preset")
+    args = args if preset or toy.is_model(start) else read(paper)
+    args.settings = f"of preset {preset}" if preset else "of the toy world" if toy.is_model(start) else "the paper's"
     for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
         if getattr(args, name, 1) < 1:
             stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
     return args
 
 
+# Copied from sft._store
+_store = []  # torchrun's key-value store, by which ranks learn of each other's end
+
+
+# Copied from sft.stop
+def stop(message: str):
+    """A user's mistake: one line that says what to do, exit code 2. Told once on each host, by the rank that meets it
+    first; under torchrun at the end of its report."""
+    file, first = os.environ.get("TORCHELASTIC_ERROR_FILE"), True
+    for store in _store:
+        store.compare_set("stopped", "", message)
+        first = store.add(f"told on {os.environ.get('GROUP_RANK')}", 1) == 1
+        time.sleep(2 if first else 20)  # other hosts are to read it; torchrun ends whoever is not the first
+    if first and file:
+        extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    elif first:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Copied from sft.watch
+def watch():
+    """Ends this rank within seconds of any other's end, on whatever host."""
+    while True:
+        time.sleep(1)
+        try:
+            message = _store[0].get("stopped").decode() if _store[0].check(["stopped"]) else ""
+        except Exception:  # the host that keeps the store has gone; or this run is over, and its process about to end
+            time.sleep(15)
+            message = "the first host has ended: see what it says"
+        if message:
+            with contextlib.suppress(SystemExit):
+                stop(message)
+            os._exit(2)
+
+
 # Copied from sft.init_distributed
 def init_distributed(args):
     """(rank, world size, device). Several processes come from torchrun; one process with ZeRO stage 0 needs none of it."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
+    rank, local, world = (int(os.environ.get(x, alone[x])) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else DeepSpeed warns that it had to look
-    if (world > 1 or getattr(args, "zero_stage", 0)) and not dist.is_initialized():
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else DeepSpeed warns that it had to look
+    if by_deepspeed(args) and not dist.is_initialized():
+        os.environ.update(alone | os.environ)
         import deepspeed
 
-        for name, value in {
-            "RANK": 0,
-            "LOCAL_RANK": 0,
-            "WORLD_SIZE": 1,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": 29541,
-        }.items():
-            os.environ.setdefault(name, str(value))
-        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30), verbose=False)
-    return int(os.environ.get("RANK", 0)), world, device
+        backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(minutes=30)
+        deepspeed.init_distributed(backend, timeout=limit, verbose=False)
+        if world > 1:
+
+            def failed(kind, error, trace):
+                sys.__excepthook__(kind, error, trace)
+                stop(f"rank {rank} failed: {kind.__name__}: {error}")
+
+            _store.append(dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False))
+            threading.Thread(target=watch, daemon=True).start()
+            sys.excepthook = failed
+    return rank, world, device
+
+
+# Copied from sft.by_deepspeed
+def by_deepspeed(args) -> bool:
+    """Several ranks, or a ZeRO stage: DeepSpeed's engine, which under --bf16 keeps fp32 master weights of its own."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 or getattr(args, "zero_stage", 0) > 0
+
+
+# Copied from sft.barrier
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 # Copied from sft.all_sum
@@ -387,6 +443,16 @@ def all_sum(x):
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+# Copied from sft.gather_lists
+def gather_lists(lists: list, world: int) -> list:
+    """The ranks' lists, joined in order of rank."""
+    if world == 1:
+        return lists
+    parts = [None] * world
+    dist.all_gather_object(parts, lists)
+    return [item for part in parts for item in part]
 
 
 # Copied from sft.shuffled
@@ -406,153 +472,251 @@ def schedule(step: int, total: int, warmup: int, kind: str) -> float:
     return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
 
 
-# Copied from sft.load_rows
-def load_rows(name: str, split: str, kind: str, seed: int = 0):
-    """Rows of `toy`, local files and hub datasets (comma-separated), in this project's column names, each with its place."""
-    if "," in name:
-        return [row for part in name.split(",") for row in load_rows(part.strip(), split, kind, seed)]
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+# Copied from sft.is_file
+def is_file(name: str) -> bool:
+    return Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet") or Path(name).is_file()
+
+
+# Copied from sft.read_data
+def read_data(name: str, split: str, kind: str, seed: int = 0):
+    """(raw rows, the number of each) of `toy`, a local file or a hub dataset (`name` or `name:configuration`); what the
+    split leaves out is not decoded."""
+    import datasets
+
     part = re.fullmatch(r"(\w+)(?:\[(\d*)(%?):(\d*)(%?)\])?", split)
     if not part:
         stop(f"--split {split!r} is not understood: write train, train[:30%] or train[2000:4000]")
-    if name == "toy":
-        import toy
+    datasets.disable_progress_bars(), datasets.logging.set_verbosity(50)
+    try:
+        if name == "toy":
+            import toy
 
-        kind = "heldout" if (kind, part[1]) == ("prompts", "heldout") else kind
-        raw = [(row, f"toy row {i + 1}") for i, row in enumerate(toy.rows(kind, seed))]
-    elif Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet") or Path(name).is_file():
-        raw = [(row, where) for row, where in read_file(Path(name)) if str(row.get("split", part[1])) == part[1]]
-    else:
-        import datasets
-
-        try:
-            raw = [(row, f"{name} row {i + 1}") for i, row in enumerate(datasets.load_dataset(name, split=part[1]))]
-        except Exception as error:  # the hub's many ways to fail: not found, gated, no network, no such split
-            stop(f"cannot load {name!r} (split {part[1]}): {str(error).splitlines()[0]} "
-                 "Give a local .json/.jsonl(.gz)/.parquet file, a dataset on the hub that you can reach, or `toy`")  # fmt: skip
+            kind = "heldout" if (kind, part[1]) == ("prompts", "heldout") else kind
+            raw = datasets.Dataset.from_list(toy.rows(kind, seed))
+        elif is_file(name):
+            form = "parquet" if name.endswith(".parquet") else "json"
+            raw = datasets.load_dataset(form, data_files=name, split="train")
+        else:
+            raw = datasets.load_dataset(*name.split(":"), split=part[1])
+    except Exception as error:  # each format and the hub fail in their own ways; the cause names Arrow's row
+        why = str(error.__cause__ or error).split("\n")[0] or "it is empty"
+        stop(f"{name} ({split}) cannot be read: {why}. --data takes a whole .json/.jsonl(.gz)/.parquet file in UTF-8, a "
+             "dataset on the hub that you can reach, or `toy`")  # fmt: skip
+    numbers = range(len(raw))
+    if is_file(name) and "split" in raw.column_names:
+        numbers = [i for i, of in enumerate(raw["split"]) if of in (None, part[1])]
     if part[3] or part[5]:  # shares of data that may be sorted by source: the same shuffle in every script
-        raw = [raw[i] for i in shuffled(len(raw), 0, "split")]
-    start, end = (
-        int(len(raw) * int(value) / 100) if percent else int(value) if value else default
-        for value, percent, default in ((part[2], part[3], 0), (part[4], part[5], len(raw)))
+        numbers = [numbers[i] for i in shuffled(len(numbers), 0, "split")]
+    at = lambda value, percent, default: (
+        int(value or default) * len(numbers) // 100 if percent else int(value or default)
     )
-    return [(canonical(row, where), where) for row, where in raw[start:end]]
+    numbers = numbers[at(part[2], part[3], 0) : at(part[4], part[5], len(numbers))]
+    return raw.select(numbers), numbers
 
 
-# Copied from sft.read_file
-def read_file(path: Path):
-    if not path.is_file():
-        stop(f"{path} does not exist: --data takes a .json/.jsonl(.gz)/.parquet file, a hub name, or `toy`")
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
+# Copied from sft.load_data
+def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
+    """What `encode_row` makes of each row (a list of examples, JSON), encoded once on each host, in parallel, and
+    memory-mapped by its ranks. A row that cannot be used (ValueError) is left out of hub data and counted; in a user's
+    own file it stops the run, unless --skip_bad_rows."""
+    import datasets
 
-            return [(row, f"{path} row {i + 1}") for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
-        text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
-    except (OSError, ValueError, EOFError) as error:
-        stop(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): give a whole file, its format as its name says, text in UTF-8"
-        )
-    whole = text.lstrip().startswith("[")
-    rows = []
-    try:
-        lines = json.loads(text) if whole else text.split("\n")
-    except ValueError as error:
-        stop(f"{path} is not valid JSON ({error}): mend the file")
-    for i, line in enumerate(lines):
-        if not whole and not line.strip():
-            continue
-        try:
-            row = line if whole else json.loads(line)
-        except ValueError as error:
-            stop(f"{path} row {i + 1} is not valid JSON ({error}): mend or remove the line")
-        if not isinstance(row, dict):
-            stop(f"{path} row {i + 1} is not a JSON object: each row needs named fields such as prompt")
-        rows.append((row, f"{path} row {i + 1}"))
-    return rows
+    rank, world, local = (int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    features = datasets.Features({x: datasets.Value("large_string") for x in ("example", "bad")})
+    folder, tables = tempfile.mkdtemp() if world > 1 and local == 0 else "", []
+    for source in map(str.strip, (name or args.data).split(",")) if local == 0 else ():
+        raw, numbers = read_data(source, split or args.split, kind, args.seed)
+
+        def encoded(columns, at, source=source, numbers=numbers):
+            found = []
+            for i, *values in zip(at, *columns.values(), strict=True):
+                try:
+                    row = canonical(dict(zip(columns, values, strict=True)))
+                    found += [(json.dumps(example), "") for example in encode_row(row)]
+                except ValueError as error:
+                    found.append(("", f"{source} row {numbers[i] + 1}: {error}"))
+            return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
+
+        several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
+        table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
+                        num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+        bad = [reason for reason in table["bad"] if reason]
+        if bad and (source == "toy" or is_file(source)) and not getattr(args, "skip_bad_rows", False):
+            stop(f"{bad[0]}. Mend the row, or leave such rows out with --skip_bad_rows")
+        if bad and rank == 0:
+            print(f"{source}: {len(bad)} of {len(raw)} rows left out, the first one because of {bad[0]}")
+        tables.append(table.select([i for i, reason in enumerate(table["bad"]) if not reason]) if bad else table)
+    table = datasets.concatenate_datasets(tables) if local == 0 else None
+    if world > 1:
+        if local == 0:
+            table.save_to_disk(folder)
+        table = datasets.load_from_disk(gather_lists([folder], world)[rank - local])
+        barrier()
+        shutil.rmtree(folder, ignore_errors=True)  # what is mapped outlives its name
+    return table.with_transform(lambda rows: {"example": [json.loads(x) for x in rows["example"]]})["example"]
 
 
 # Copied from sft.canonical
-def canonical(row: dict, where: str) -> dict:
-    """One row in this project's names: prompt, completion, chosen, rejected, responses [{text, score, policy}].
-
-    Maps UltraFeedback (binarized: chosen/rejected message lists; original: instruction, completions), HH (transcripts
-    without prompt) and TL;DR (prompt, completion)."""
+def canonical(row: dict) -> dict:
+    """One row in this project's names: prompt, completion, chosen, rejected, responses [{text, score, policy}]; `answer`
+    tells what the completion is. ValueError names the field that is wrong. docs/data.md shows how each dataset is read."""
     row = {field: value for field, value in row.items() if value is not None}  # tables fill with nulls
-    for field in ("completion", "chosen", "rejected", "messages"):
+    turn = re.compile(r"\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.S)
+    for field in ("prompt", "rejected", "chosen"):  # HH: transcripts
+        if str(row.get(field)).startswith("\n\nHuman:"):
+            turns = [
+                ("user" if who == "Human" else "assistant", text.strip()) for who, text in turn.findall(row[field])
+            ]
+            turns = turns[:-1] if field == "prompt" and turns[-1] == ("assistant", "") else turns
+            row[field] = [{"role": who, "content": text} for who, text in turns]
+    for field in ("completion", "rejected", "chosen", "messages"):
         value = row.get(field)
         if isinstance(value, list):
             if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
-                stop(f"{where}: field {field} is not a list of {{role, content}} messages")
-            if len(value) > 1 or field == "messages":
-                row["prompt"] = value[:-1]
+                raise ValueError(f"field {field} is not a list of {{role, content}} messages")
+            if value[-1].get("role") != "assistant":
+                raise ValueError(f"field {field} does not end with an answer of the assistant")
+            row |= {"prompt": value[:-1]} if len(value) > 1 or field == "messages" else {}
             row["completion" if field == "messages" else field] = value[-1]["content"]
-    if "prompt" not in row and isinstance(row.get("chosen"), str) and "\n\nAssistant:" in row["chosen"]:
-        for field in [f for f in ("rejected", "chosen") if isinstance(row.get(f), str)]:
-            head, _, row[field] = row[field].rpartition("\n\nAssistant:")
-            row["prompt"] = head + "\n\nAssistant:"
+    if isinstance(row.get("info"), dict):  # summarize_from_feedback: comparisons, and summaries graded by axes
+        row["prompt"] = f"{row['info'].get('post') or row['info'].get('article')}\n\nTL;DR:"
+        found = row.get("summaries") or [row.get("summary") or {}]
+        score = lambda i: 2.0 * (i == row["choice"]) - 1 if "choice" in row else found[i].get("axes", {}).get("overall")
+        row["responses"] = [response | {"score": score(i)} for i, response in enumerate(found)]
+    if "article" in row and "highlights" in row:  # CNN/DailyMail
+        row |= {"prompt": f"{row['article']}\n\nTL;DR:", "completion": row["highlights"]}
+    if "instruction" in row and "prompt" not in row:  # Alpaca; UltraFeedback
+        row["prompt"] = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+        row |= {"completion": row["output"]} if "output" in row else {}
     for field in ("completions", "responses"):
-        value = row.get(field, [])
-        if not isinstance(value, list) or not all(isinstance(r, dict) for r in value):
-            stop(f"{where}: field {field} is not a list of {{text, score, policy}}")
-    if "instruction" in row and "completions" in row:
-        row["prompt"] = row["instruction"]
-        scored = [(c, c.get("fine-grained_score")) for c in row["completions"]]
+        if not isinstance(row.get(field, []), list) or not all(isinstance(r, dict) for r in row.get(field, [])):
+            raise ValueError(f"field {field} is not a list of {{text, score, policy}}")
+    if "completions" in row:
+        grade = lambda c: c.get("overall_score") if c.get("fine-grained_score") is None else c["fine-grained_score"]
         row["responses"] = [
-            {"text": c.get("response"), "score": c.get("overall_score") if s is None else s, "policy": c.get("model")}
-            for c, s in scored
+            {"text": c.get("response"), "score": grade(c), "policy": c.get("model")} for c in row["completions"]
         ]
-    for response in row.get("responses", []):
-        score = response.get("score")
+    scores = [response.get("score") for response in row.get("responses", [])]
+    for score in scores:
         if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
-            stop(f"{where}: field score is {score!r}, not a finite number")
+            raise ValueError(f"field score is {score!r}, not a finite number")
+    row["answer"] = "completion"  # what SFT imitates; on preferences or grades, the better response
     if "completion" not in row and "chosen" in row:
-        row["completion"] = row["chosen"]  # what SFT on preferences or grades imitates: the better response
-    elif "completion" not in row and row.get("responses"):
-        score = lambda r: -math.inf if r.get("score") is None else r["score"]
-        row["completion"] = max(row["responses"], key=score).get("text")
+        row |= {"completion": row["chosen"], "answer": "chosen"}
+    elif "completion" not in row and scores:
+        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None else scores[i])
+        row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
     return row
 
 
-# Copied from sft.encode
-def encode(tokenizer, row: dict, field: str | None, where: str, args):
-    """(prompt ids, response ids with EOS) of a row; (None, None) for a long prompt under --drop_long_prompts.
+# Copied from sft.as_messages
+def as_messages(prompt) -> list[dict]:
+    """A prompt as chat messages; ValueError if it is none."""
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = lambda m: isinstance(m, dict) and all(isinstance(m.get(field), str) for field in ("role", "content"))
+    if not chat or not isinstance(chat, list) or not all(map(text, chat)):
+        raise ValueError("field prompt is missing, or neither a string nor a list of {role, content} messages")
+    return chat
 
-    The prompt is rendered by the chat template up to where the assistant begins; the response is the text's own tokens
-    and the EOS, cut (and then without EOS) at --max_response_tokens."""
-    prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not prompt or not isinstance(prompt, list):
-        stop(f"{where}: field prompt is missing, or neither a string nor a list of messages")
-    try:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    except Exception as error:  # templates raise what they like for roles they do not know
-        stop(f"{where}: the chat template does not take field prompt: {error}")
-    if len(ids) > args.max_prompt_tokens:
-        if args.drop_long_prompts:
-            return None, None
-        stop(f"{where}: field prompt has {len(ids)} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}: "
-             "raise it, shorten the prompt, or leave such rows out with --drop_long_prompts")  # fmt: skip
-    if field is None:
-        return ids, []
-    text = row.get(field)
+
+# Copied from sft.MARK
+MARK = "ANSWERMARKER"  # an answer that shows in the chat template's text what stands before and behind one
+
+# Copied from sft.EARLIER
+EARLIER = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": MARK}]
+
+
+# Copied from sft.control_tokens
+@functools.cache
+def control_tokens(tokenizer) -> tuple[int, dict[str, int]]:
+    """The token that ends an answer, which is what the chat template writes behind one (`<|im_end|>`, say) or else EOS; and
+    all tokens that text must not hold."""
+    text = tokenizer.apply_chat_template(EARLIER, tokenize=False) if tokenizer.chat_template else ""
+    behind, added = (
+        tokenizer(text.rpartition(MARK)[2], add_special_tokens=False)["input_ids"],
+        tokenizer.added_tokens_decoder,
+    )
+    end = next((i for i in behind if i in added), tokenizer.eos_token_id)
+    return end, {token.content: i for i, token in added.items() if token.special or i == end}
+
+
+# Copied from sft.text_ids
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a user's or a model's text. A control token that is spelled in it stays text; ValueError where the tokenizer
+    cannot tell the two apart."""
+    spelled = {i for token, i in control_tokens(tokenizer)[1].items() if token in text}
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=bool(spelled))["input_ids"]
+    if not (spelled - {tokenizer.unk_token_id, tokenizer.pad_token_id}).isdisjoint(ids):
+        raise ValueError("a control token is spelled in the text, and this tokenizer cannot tell it from a real one")
+    return ids
+
+
+# Copied from sft.chat_ids
+def chat_ids(tokenizer, chat: list, later: bool = False) -> list[int]:
+    """Ids of a conversation up to where the assistant begins, as the chat template renders it: from the start, or
+    `later`, from behind another answer's end. A system message that a family does not know opens the first question."""
+    ids, control = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], control_tokens(tokenizer)
+    end, texts = tokenizer.decode(control[0]), [m["content"] for m in chat]
+
+    def rendered(chat):
+        try:
+            text, why = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False), None
+        except Exception as error:  # templates raise what they like for roles they do not know
+            text, why = "", error
+        if len(chat) > 1 and chat[0]["role"] == "system" and (why or chat[0]["content"].strip() not in text):
+            text = f"{chat[0]['content']}\n\n{chat[1]['content']}"
+            return rendered([chat[1] | {"content": text}, *chat[2:]])
+        if why:
+            raise ValueError(f"the chat template does not take field prompt: {why}")
+        return end + text.partition(MARK)[2].lstrip(" ").removeprefix(end) if later else text
+
+    before = EARLIER if later else []
+    if not any(token in text for text in texts for token in control[1]):
+        return ids(rendered(before + chat))[later:]
+    names = [f"MESSAGE{i}MARKER" for i in range(len(chat))]
+    first, *rest = re.split(
+        "|".join(names), rendered(before + [m | {"content": x} for m, x in zip(chat, names, strict=True)])
+    )
+    if len(rest) != len(texts):
+        raise ValueError("a control token is spelled in field prompt, and the chat template takes messages apart")
+    return sum([text_ids(tokenizer, text) + ids(after) for text, after in zip(texts, rest)], ids(first))[later:]
+
+
+# Copied from sft.response_ids
+def response_ids(tokenizer, text, args, field: str = "text") -> list[int]:
+    """Ids of a response: the text's, and the token that ends a turn; cut, and then without it, at --max_response_tokens."""
     if not isinstance(text, str):
-        stop(f"{where}: field {field} is missing or not text")
-    response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return ids, response[: args.max_response_tokens]
+        raise ValueError(f"field {field} is missing or not text")
+    return [*text_ids(tokenizer, text), control_tokens(tokenizer)[0]][: args.max_response_tokens]
+
+
+# Copied from sft.encode
+def encode(tokenizer, row: dict, field: str | None, args):
+    """(prompt ids, response ids) of a row; ValueError if it cannot be used. The prompt is rendered up to where the assistant
+    begins; the response is of the text in `field`, or empty."""
+    ids = chat_ids(tokenizer, as_messages(row.get("prompt")))
+    if len(ids) > args.max_prompt_tokens:
+        raise ValueError(f"field prompt has {len(ids)} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}")
+    return ids, [] if field is None else response_ids(tokenizer, row.get(field), args, field)
 
 
 # Copied from sft.micro_batches
 def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
-    """This rank's micro-batches of one optimizer step, of (prompt, response, ...) rows.
+    """This rank's micro-batches of one optimizer step, of (prompt, response, ...) rows: the same number and size for all.
 
-    Every rank gets the same number, of one size. Rows are sorted by length so that a micro-batch pads little; where the
-    rows do not divide, a prompt whose response is empty fills up: it has no token in any loss."""
+    Rows are sorted by length so that a micro-batch pads little; where they do not divide, a prompt whose response is
+    empty fills up: it has no token in any loss."""
     count = math.ceil(args.batch_size / (world * args.micro_batch_size))
     size = world * math.ceil(len(batch) / (world * count))
     rows = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
     rows = [(rows[0][0], [], *rows[0][2:])] * (count * size - len(rows)) + rows
     return [rows[at + rank : at + size : world] for at in range(0, len(rows), size)]
+
+
+# -------------------------------------------------------------------------------------------------------------- models
 
 
 # Copied from sft.PLAIN_TEMPLATE
@@ -573,19 +737,19 @@ def missing(name: str, command: str = ""):
 
 # Copied from sft.load_tokenizer
 def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    import transformers
+
     if name == "toy":
         import toy
 
         return toy.tokenizer()
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         stop(f"cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}")
+    if chat_template not in ("", "plain") and not Path(chat_template).is_file():
+        stop(f"--chat_template {chat_template} does not exist: give a Jinja file, or `plain`")
     if chat_template:
-        if chat_template != "plain" and not Path(chat_template).is_file():
-            stop(f"--chat_template {chat_template} does not exist: give a Jinja file, or `plain`")
         tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
     if chat and not tokenizer.chat_template:
         stop(
@@ -598,85 +762,131 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
     return tokenizer
 
 
+# Copied from sft.zero_3
+@contextlib.contextmanager
+def zero_3(args):
+    """Under ZeRO stage 3, models are built in parts in this context: no rank ever holds one whole."""
+    parts = None
+    if getattr(args, "zero_stage", 0) == 3:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        config = {
+            "zero_optimization": {"stage": 3},
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": args.bf16},
+        }
+        parts = HfDeepSpeedConfig(config)  # in force as long as it lives
+    yield
+    del parts
+
+
+# Copied from sft.whole
+def whole(module, args, writer: int | None = None):
+    """Inside this context every rank sees whole weights, and `writer` may change them (ZeRO-3 keeps them in parts)."""
+    if getattr(args, "zero_stage", 0) < 3:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=writer)
+
+
+# Copied from sft.model_class
+def model_class(kind: str, config):
+    """The class of a `causal`, `value` (token classification) or `reward` (sequence classification) model: stock, or where
+    transformers has none for a family, its generic head on the family's backbone."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    task = {"causal": "CausalLM", "value": "TokenClassification", "reward": "SequenceClassification"}[kind]
+    auto = getattr(transformers, f"AutoModelFor{task}")
+    if kind == "causal" or type(config) in auto._model_mapping or getattr(config, "auto_map", None):
+        return auto
+    base = next(c for c in MODEL_MAPPING[type(config)].__mro__[1:] if issubclass(c, transformers.PreTrainedModel))
+    head, name = (
+        getattr(transformers.modeling_layers, f"GenericFor{task}"),
+        type(config).__name__.removesuffix("Config"),
+    )
+    return type(f"{name}For{task}", (head, base), {"config_class": type(config), "base_model_prefix": "model"})
+
+
 # Copied from sft.load_model
 def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
-    """A stock Hugging Face model: `causal`, `value` (token classification) or `reward` (sequence classification).
-
-    Trained weights are fp32 (bf16 products by autocast, or DeepSpeed's bf16 with fp32 master weights); frozen ones, and
-    the base of LoRA, are bf16 under --bf16."""
+    """A `model_class` model without dropout. Trained weights are fp32 (bf16 products by autocast), but bf16 where DeepSpeed
+    keeps fp32 ones under --bf16; frozen weights, and the base of LoRA, are bf16 under --bf16."""
     import transformers
-    from transformers import AutoConfig
+
+    import toy
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    auto = {
-        "causal": "AutoModelForCausalLM",
-        "value": "AutoModelForTokenClassification",
-        "reward": "AutoModelForSequenceClassification",
-    }
-    auto = getattr(transformers, auto[kind])
-    extra = {} if kind == "causal" else {"num_labels": 1}
-    dtype = torch.bfloat16 if args.bf16 and (frozen or args.lora_r) else torch.float32
+    half = args.bf16 and (frozen or args.lora_r or by_deepspeed(args))
+    options = {"dtype": torch.bfloat16 if half else torch.float32, "trust_remote_code": args.trust_remote_code}
+    if args.attention != "auto" and not (kind == "reward" and frozen):  # a reward model of another family has its own
+        options["attn_implementation"] = args.attention
+    labels = {} if kind == "causal" else {"num_labels": 1}
     try:
-        if name == "toy":
-            import toy
-
-            model = auto.from_config(toy.config(**extra), attn_implementation=args.attention, dtype=dtype)
-        else:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **extra)
-            if kind == "value":
-                config.classifier_dropout = 0.0
-            model = auto.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                attn_implementation=args.attention,
-                trust_remote_code=args.trust_remote_code,
-            )
+        load = functools.partial(
+            transformers.AutoConfig.from_pretrained, name, trust_remote_code=args.trust_remote_code
+        )
+        config = toy.config(**labels) if name == "toy" else load(**labels)
+        for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
+            setattr(config, key, 0.0)
+        auto = model_class(kind, config)
+        with zero_3(args):
+            if name == "toy":
+                model = auto.from_config(config, **options)
+            else:
+                model = auto.from_pretrained(name, config=config, **options)
     except (OSError, ValueError, ImportError) as error:
         stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
     model.config.pad_token_id = tokenizer.pad_token_id
     if kind == "causal":  # a hub model's sampling defaults (top-k, penalties, ...) would bias rollouts
         ends = model.generation_config.eos_token_id
-        ends = sorted(
-            {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
-        )
-        model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+        ends = {tokenizer.eos_token_id, control_tokens(tokenizer)[0], *(ends if isinstance(ends, list) else [ends])} - {
+            None
+        }
+        settings = {"eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id}
+        model.generation_config = transformers.GenerationConfig(**settings)
     if not frozen and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if frozen:
-        model.requires_grad_(False).eval()
-    return model
+    return model.requires_grad_(False).eval() if frozen else model
 
 
 # Copied from sft.lora_config
 def lora_config(model, args, head: str | None = None):
     """LoRA on every linear layer of the backbone; `head` is trained in full and saved with the adapter."""
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
-    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    targets = sorted(names - {"lm_head", "score", "classifier", "pooler", "dense_head"})
+    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler", "dense_head"})
     return LoraConfig(
-        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets,
+        r=args.lora_r, lora_alpha=32, lora_dropout=getattr(args, "lora_dropout", 0.0), target_modules=targets,
         modules_to_save=[head] if head else None,
     )  # fmt: skip
 
 
 # Copied from sft.add_lora
 def add_lora(model, args, head: str | None = None):
+    """The model with an adapter. What is trained is fp32, but where DeepSpeed keeps fp32 master weights."""
     from peft import get_peft_model
 
     model.enable_input_require_grads()  # for gradient checkpointing: the embeddings are frozen
-    return get_peft_model(model, lora_config(model, args, head))
+    with zero_3(args):
+        model = get_peft_model(model, lora_config(model, args, head))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 and by_deepspeed(args) else torch.float32)
+    return model
 
 
 # Copied from sft.plain
 def plain(model):
     """The Hugging Face model inside a LoRA wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# -------------------------------------------------------------------------------------------------- engine, run folder
 
 
 # Copied from sft.Engine
@@ -690,31 +900,24 @@ class Engine:
         self.module, self.args, self.world, self.deepspeed = module, args, world, None
         self.micro_steps = math.ceil(args.batch_size / (world * args.micro_batch_size))
         parameters = [p for p in module.parameters() if p.requires_grad]
-        plain_torch = world == 1 and not args.zero_stage
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=plain_torch or None
-        )
-        if plain_torch:
+        fused = not by_deepspeed(args) or parameters[0].is_cuda or None
+        self.optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=fused)
+        if not by_deepspeed(args):
             return
         import deepspeed
 
         config = {
-            "train_micro_batch_size_per_gpu": args.micro_batch_size,
-            "gradient_accumulation_steps": self.micro_steps,
-            "gradient_clipping": args.max_grad_norm,
-            "zero_optimization": {"stage": args.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": args.bf16},
-            "steps_per_print": 10**9,
-        }
+            "train_micro_batch_size_per_gpu": args.micro_batch_size, "gradient_accumulation_steps": self.micro_steps,
+            "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": args.bf16}, "steps_per_print": 10**9,
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+            # stage 0 in bf16 would sum the ranks' gradients in bf16 and shorten the first step by a quarter
+            "zero_optimization": {"stage": args.zero_stage or int(args.bf16)},
+        }  # fmt: skip
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
 
     def __call__(self, *inputs, **options):
-        if self.deepspeed:
-            return self.deepspeed(*inputs, **options)
         with self.autocast():
-            return self.module(*inputs, **options)
+            return (self.deepspeed or self.module)(*inputs, **options)
 
     def autocast(self):
         """bf16 products for fp32 weights; DeepSpeed casts the weights themselves."""
@@ -728,11 +931,10 @@ class Engine:
             group["lr"] = rate
 
     def backward(self, loss):
-        if self.deepspeed:
-            self.deepspeed.backward(loss * (self.world * self.micro_steps))
-            self.deepspeed.step()  # acts once all of the step's micro-batches are in
-        else:
-            loss.backward()
+        if not self.deepspeed:
+            return loss.backward()
+        self.deepspeed.backward(loss * (self.world * self.micro_steps))
+        self.deepspeed.step()  # acts once all of the step's micro-batches are in
 
     def step(self):
         """Returns the gradient's global norm before clipping."""
@@ -745,26 +947,37 @@ class Engine:
 
     def save(self, folder: Path):
         if self.deepspeed:
-            self.deepspeed.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
-        else:
-            weights = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-            torch.save({"weights": weights, "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
+            return self.deepspeed.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+        weights = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        torch.save({"weights": weights, "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
 
     def load(self, folder: Path):
         if self.deepspeed:
-            self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-        else:
-            saved = torch.load(folder / "engine.pt", weights_only=True)
-            self.module.load_state_dict(saved["weights"], strict=False)
-            self.optimizer.load_state_dict(saved["optimizer"])
+            return self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        saved = torch.load(folder / "engine.pt", weights_only=True)
+        self.module.load_state_dict(saved["weights"], strict=False)
+        self.optimizer.load_state_dict(saved["optimizer"])
 
-    def gathered(self):
-        """Inside this context every rank sees whole weights (ZeRO-3 keeps them in parts)."""
-        if not (self.deepspeed and self.args.zero_stage == 3):
-            return contextlib.nullcontext()
-        import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.module.parameters()))
+# Copied from sft.open_folder
+def open_folder(args, rank: int, world: int) -> Path:
+    """The run's folder, the same one for all hosts; an earlier run in it is moved aside, unless --resume goes on."""
+    folder, token = Path(args.output_dir), uuid.uuid4().hex
+    if rank == 0:
+        if not args.resume and folder.is_dir() and any(folder.iterdir()):
+            aside = next(p for p in (Path(f"{folder}.{i}") for i in range(1, 10**6)) if not p.exists())
+            folder.rename(aside)
+            print(f"{folder} held an earlier run: moved to {aside}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        (folder / "token").write_text(token)
+    token, seen = gather_lists([token], world)[0], folder / "token"
+    if not any((seen.is_file() and seen.read_text() == token) or time.sleep(1) for _ in range(5)):
+        stop(f"--output_dir {folder} is not one folder for all hosts: name one on a file system that they share")
+    barrier()
+    if rank == 0:
+        seen.unlink()
+    return folder
 
 
 # Copied from sft.Run
@@ -773,37 +986,37 @@ class Run:
 
     def __init__(self, args, engine: Engine, rank: int, total: int, started: float, bar=("loss",)):
         self.args, self.engine, self.rank, self.started, self.bar_keys = args, engine, rank, started, bar
-        self.folder, self.step, self.pending, self.state, self.board = Path(args.output_dir), 0, [], {}, None
+        self.world, self.step, self.pending, self.state, self.board = engine.world, 0, [], {}, None
+        self.folder, name = open_folder(args, rank, self.world), Path(sys.argv[0]).stem
+        size = lambda ps: f"{sum(getattr(p, 'ds_numel', p.numel()) for p in ps) / 1e6:.4g} M"
         if rank == 0:
-            if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
-                aside = next(p for p in (Path(f"{self.folder}.{i}") for i in range(1, 10**6)) if not p.exists())
-                self.folder.rename(aside)
-                print(f"{self.folder} held an earlier run: moved to {aside}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+            width = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
+            print(f"{name}: {getattr(args, 'model', None) or args.policy}, {size(engine.module.parameters())} parameters, "
+                  f"{size(p for p in engine.module.parameters() if p.requires_grad)} trained, learning rate "
+                  f"{args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * width} tokens "
+                  f"a step; settings that no flag gives are {getattr(args, 'settings', 'the caller' + chr(39) + 's')}")  # fmt: skip
             if importlib.util.find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(self.folder)
         pause = 0.2 if sys.stderr.isatty() else 30  # seconds between drawings: a log file wants few
-        name = Path(sys.argv[0]).stem
         self.bar = tqdm(total=total, desc=name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
         """With --resume: weights, optimizer, generators and loop state of the last whole checkpoint."""
         found = sorted(self.folder.glob("checkpoints/step_*[0-9]")) if self.args.resume else []
-        if found:
-            self.engine.load(found[-1])
-            saved = torch.load(found[-1] / f"rank_{self.rank}.pt", weights_only=True)
+        last = gather_lists(["", *map(str, found)][-1:], self.world)[0]  # the first rank's, for all
+        if last:
+            self.engine.load(Path(last))
+            saved = torch.load(Path(last) / f"rank_{self.rank}.pt", weights_only=True)
             torch.set_rng_state(saved["cpu"])
             if torch.cuda.is_available():
                 torch.cuda.set_rng_state(saved["cuda"])
             self.step, self.state = saved["step"], saved["state"]
             self.bar.update(self.step)
         for path in self.folder.glob("*.jsonl") if self.rank == 0 else ():  # later steps will be taken again
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
-            kept = [line for line in whole if json.loads(line)["step"] <= self.step]
-            path.write_text("".join(line + "\n" for line in kept))
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
+            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step))
 
     def log(self, metrics: dict):
         """End of a step. Tensors are read back every tenth step only, so that the device is not waited for."""
@@ -823,10 +1036,9 @@ class Run:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        for row in rows if self.board else ():
-            for key, value in row.items():
-                if value is not None:  # DeepSpeed without ZeRO tells no gradient norm
-                    self.board.add_scalar(key, value, row["step"])
+        for key, value, step in [(*pair, row["step"]) for row in rows for pair in row.items()] if self.board else ():
+            if value is not None:  # DeepSpeed without ZeRO tells no gradient norm
+                self.board.add_scalar(key, value, step)
         self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys}, refresh=False)
 
     def checkpoint(self):
@@ -850,7 +1062,7 @@ class Run:
     def write(self, model, tokenizer, folder: Path, merge: bool = False):
         """A Hugging Face folder, renamed when whole; of a LoRA run the adapter, or with `merge` model and adapter."""
         part = folder.with_name(folder.name + ".part")
-        with self.engine.gathered():
+        with whole(model, self.args):
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
                 if merge and model is not plain(model):
@@ -871,28 +1083,17 @@ class Run:
         self.flush()
         final = self.folder / "final"
         self.write(model, tokenizer, final, merge=True)
-        seconds = time.time() - self.started
-        memory = (
-            torch.cuda.max_memory_allocated()
-            if torch.cuda.is_available()
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
-        summary = {"steps": self.step, "seconds": round(seconds, 1), "peak_memory_mb": round(memory / 2**20), **summary}
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory
+        seconds = round(time.time() - self.started, 1)
+        summary = {"steps": self.step, "seconds": seconds, "peak_memory_mb": round(memory / 2**20), **summary}
         self.bar.close()
         if self.rank == 0:
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            print(
-                f"{final}: "
-                + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
-            )
+            shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
+            print(f"{final}: " + ", ".join(shown))
         barrier()
         return final
-
-
-# Copied from sft.barrier
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 if __name__ == "__main__":

@@ -24,27 +24,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import gzip
+import functools
 import hashlib
-import io
 import json
 import math
 import os
 import random
 import re
+import shutil
 import sys
+import tempfile
+import threading
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from kernels import linear_logprob, linear_nll
+from kernels import logit_gap, patch_head
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Args:
     """prompts: `toy`, a hub name, or a .json/.jsonl(.gz)/.parquet file with `prompt`; several, comma-separated"""
     split: str = "train"
     """the part of the data to read: `train`, `train[80%:]` (of a fixed shuffle), `train[2000:4000]`; toy has `heldout` too"""
+    skip_bad_rows: bool = False
+    """leave out rows of your own file that cannot be used (as is done with hub data) instead of stopping at the first"""
     output_dir: str = "runs/sample"
     """the run's folder: args.json, graded.jsonl, and while it runs parts/"""
     seed: int = 0
@@ -74,31 +79,31 @@ class Args:
     batch_size: int = 256
     """responses in one call of the engine, on one rank"""
     max_prompt_tokens: int = 64
-    """a longer prompt is an error, or left out with --drop_long_prompts"""
+    """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 48
     """a response is sampled until EOS or this length"""
-    drop_long_prompts: bool = False
-    """leave out rows whose prompt is longer than --max_prompt_tokens instead of stopping"""
     engine: Literal["generate", "generate_batch", "vllm"] = "generate"
     """transformers' generate, its continuous batching (faster where lengths differ much, on a GPU), or vLLM (to be installed)"""
     bf16: bool = False
     """bfloat16 weights and products (GPU)"""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """PyTorch's own, flash-attn (to be installed), or the plain product"""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """auto: what suits the family; PyTorch's own, flash-attn (to be installed), or the plain product"""
     resume: bool = False
     """continue a killed run in --output_dir"""
     trust_remote_code: bool = False
     """allow code that comes with a hub model"""
 
 
-_paper = Args(
-    data="openbmb/UltraFeedback", split="train[80%:]", n=8, batch_size=64, max_prompt_tokens=1024, max_response_tokens=1024,
-    drop_long_prompts=True, bf16=True,
-)  # fmt: skip
-PRESETS: dict[str, Args] = {
-    "llama3.2-3b": _paper,
-    "llama3-8b": dataclasses.replace(_paper, batch_size=32),
-    "pythia-2.8b-hh": dataclasses.replace(_paper, data="Anthropic/hh-rlhf", split="train", max_prompt_tokens=512, max_response_tokens=256),
+PAPER = {  # what a flag that is not given means for any model but toy.py's: the RL prompts of the DVPO paper
+    "data": "openbmb/UltraFeedback", "split": "train[80%:]", "batch_size": 64, "max_prompt_tokens": 1024,
+    "max_response_tokens": 1024,
+}  # fmt: skip
+PRESETS = {
+    "llama3.2-3b": {"bf16": True},
+    "llama3-8b": {"bf16": True, "batch_size": 32},
+    "pythia-2.8b-hh": {
+        "data": "Anthropic/hh-rlhf", "split": "train", "max_prompt_tokens": 512, "max_response_tokens": 256, "bf16": True,
+    },
 }  # fmt: skip
 
 
@@ -155,6 +160,44 @@ class KeyedNoise:
 # -------------------------------------------------------------------------------------------------------------- engines
 
 
+# Copied from dvpo.sample_responses
+def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[list[int]]:
+    """Response ids, with the EOS unless cut, of this rank's prompts (ids)."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):  # generation needs padding on the left
+        input_ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    with torch.no_grad(), unwrapped(engine) as model, engine.autocast():
+        out = model.generate(
+            input_ids=input_ids.to(device), attention_mask=mask.to(device), logits_processor=[noise],
+            max_new_tokens=args.max_response_tokens, do_sample=False, use_cache=True,
+        )  # fmt: skip
+    ends = engine.module.ends
+    responses = []
+    for row in out[:, width:].tolist():
+        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
+        responses.append(row[:length])
+    return responses
+
+
+# Copied from dvpo.unwrapped
+@contextlib.contextmanager
+def unwrapped(engine):
+    """The Hugging Face model, in eval mode; under ZeRO-3 with whole weights, so that ranks may stop at different lengths."""
+    module, training = engine.module, engine.module.training
+    module.eval()
+    if engine.deepspeed and engine.args.zero_stage == 3:
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(engine.deepspeed):
+            yield module.model
+    else:
+        yield module.model
+    module.train(training)
+
+
 class Writer:
     """A frozen policy, in the shape that `sample_responses` takes a training engine in."""
 
@@ -187,8 +230,9 @@ def engine_generate_batch(tokenizer, args, device):
             do_sample=not args.greedy, temperature=args.temperature, top_p=args.top_p, top_k=0, eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id, max_new_tokens=args.max_response_tokens,
         )  # fmt: skip
-        memory = 0.5 if device.type == "cuda" else 0.02  # of what is free, for its cache
-        batching = ContinuousBatchingConfig(seed=key_of(args.seed, keys) % 2**31, max_memory_percent=memory)
+        pages = math.ceil((args.max_prompt_tokens + args.max_response_tokens) / 256)  # the cache holds the whole batch
+        batching = ContinuousBatchingConfig(seed=key_of(args.seed, keys) % 2**31, num_blocks=pages * len(prompts) + 1,
+                                            max_batch_tokens=4096)  # fmt: skip
         found = model.generate_batch(prompts, config, batching)
         order = sorted(found.values(), key=lambda output: int(output.request_id.rpartition("_")[2]))
         for output in order:
@@ -206,7 +250,7 @@ def engine_vllm(tokenizer, args, device):
         stop("--engine vllm: vLLM is not installed. `pip install vllm`, or use --engine generate")
     model = LLM(args.policy, dtype="bfloat16" if args.bf16 else "float32", trust_remote_code=args.trust_remote_code,
                 max_model_len=args.max_prompt_tokens + args.max_response_tokens)  # fmt: skip
-    ends = end_tokens(args.policy, tokenizer, args)
+    ends = end_tokens(args.policy, tokenizer)
 
     def write(prompts, keys):
         settings = [
@@ -222,7 +266,7 @@ def engine_vllm(tokenizer, args, device):
     return write, ends
 
 
-def end_tokens(name: str, tokenizer, args) -> list[int]:
+def end_tokens(name: str, tokenizer) -> list[int]:
     """The ids that end a response, as `Policy.ends`, without loading the weights."""
     from transformers import GenerationConfig
 
@@ -230,7 +274,13 @@ def end_tokens(name: str, tokenizer, args) -> list[int]:
         ends = GenerationConfig.from_pretrained(name).eos_token_id
     except OSError:
         ends = None
-    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])})
+    return sorted(
+        {
+            tokenizer.eos_token_id,
+            control_tokens(tokenizer)[0],
+            *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
+        }
+    )
 
 
 def cut_at(tokens: list[int], ends) -> list[int]:
@@ -241,14 +291,78 @@ def cut_at(tokens: list[int], ends) -> list[int]:
 # --------------------------------------------------------------------------------------------------------------- scores
 
 
+# Copied from gvm.head_name
+def head_name(model) -> str:
+    """What the architecture calls its linear head: `score` (Llama, Mistral, Qwen) or `classifier` (GPT-NeoX, GPT-2)."""
+    return "score" if hasattr(model, "score") else "classifier"
+
+
+# Copied from gvm.read_head
+def read_head(model, input_ids, position):
+    """The one-label head's output, fp32, at flat positions of input_ids (B, L); in the precision that its weights have."""
+    model = plain(model)
+    hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden, head = hidden.flatten(0, 1).index_select(0, position), getattr(model, head_name(model))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).float().squeeze(-1)
+
+
+# Copied from rm.RewardModel
+class RewardModel(torch.nn.Module):
+    """A sequence-classification model's scores: (R,) fp32, read at the last token by length (decoder) or as stock."""
+
+    def __init__(self, model, decoder: bool):
+        super().__init__()
+        self.model, self.decoder = model, decoder
+
+    def forward(self, input_ids, lengths):
+        if not self.decoder:
+            mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+            return self.model(input_ids=input_ids, attention_mask=mask.long()).logits.float().squeeze(-1)
+        last = torch.arange(len(lengths), device=lengths.device) * input_ids.shape[1] + lengths - 1
+        return read_head(self.model, input_ids, last)
+
+
+# Copied from rm.is_decoder
+def is_decoder(name: str, args) -> bool:
+    """A generative architecture, which reads chats; encoders (BERT, DeBERTa) read text pairs."""
+    from transformers.models.auto import modeling_auto as auto
+
+    try:
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code).model_type
+    except (OSError, ValueError) as error:
+        stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    return kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+# Copied from rm.collate_scored
+def collate_scored(sequences: list[list[int]], pad_token_id: int, device):
+    """Right-padded (R, L) ids and (R,) lengths."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    input_ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
+    for i, sequence in enumerate(sequences):
+        input_ids[i, : len(sequence)] = torch.tensor(sequence)
+    return input_ids.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+
+
+# Copied from rm.encode_pair
+def encode_pair(tokenizer, prompt, text, args):
+    """Ids of (prompt, response) as an encoder's text pair, each cut from its far end: what is near the seam stays."""
+    if not isinstance(text, str):
+        raise ValueError("field text is missing or not text")
+    prompt = "\n\n".join(m["content"] for m in as_messages(prompt))
+    a, b = (text_ids(tokenizer, part) for part in (prompt, text))
+    a, b = a[-args.max_prompt_tokens :], b[: args.max_response_tokens]
+    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return [start, *a, end, *b, end]
+
+
 class TextReward:
     """Scores of texts by a frozen reward model, which reads them with its own tokenizer; or `gold`, the toy world's."""
 
     def __init__(self, name: str, args, device):
         self.name, self.device, self.mean, self.std = name, device, 0.0, 1.0
         if name == "gold":
-            if any(part.strip() != "toy" for part in args.data.split(",")):
-                stop("--reward_model gold scores prompts of the toy world only: name a reward model for other --data")
             return
         missing(name, "python rm.py")
         self.decoder = is_decoder(name, args)
@@ -272,20 +386,23 @@ class TextReward:
             import toy
 
             asked = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
-            return [
-                toy.gold(prompt, text if whole else f"{text} {toy.UNK}")
-                for prompt, text, whole in zip(asked, texts, complete, strict=True)
-            ]
+            whole = [text if ended else f"{text} {toy.UNK}" for text, ended in zip(texts, complete, strict=True)]
+            try:
+                return [toy.gold(*pair) for pair in zip(asked, whole, strict=True)]
+            except ValueError as error:
+                stop(f"--reward_model gold scores prompts of the toy world only, and this is {error}")
         sequences = []
         for prompt, text, whole in zip(prompts, texts, complete, strict=True):
-            where = f"a response to {str(prompt)[:60]!r}"
-            if not self.decoder:
-                sequences.append(encode_pair(self.tokenizer, prompt, text, where, self.limits))
-                continue
-            ids, response = encode(self.tokenizer, {"prompt": prompt, "text": text}, "text", where, self.limits)
-            sequences.append(ids + (response if whole else response[:-1]))
+            try:
+                if self.decoder:
+                    ids, response = encode(self.tokenizer, {"prompt": prompt, "text": text}, "text", self.limits)
+                    sequences.append(ids + (response if whole else response[:-1]))
+                else:
+                    sequences.append(encode_pair(self.tokenizer, prompt, text, self.limits))
+            except ValueError as error:
+                stop(f"a response to {str(prompt)[:60]!r} cannot be scored by {self.name}: {error}")
             if len(sequences[-1]) > self.limit:
-                stop(f"{where} has {len(sequences[-1])} tokens for the reward model {self.name}, which reads {self.limit}: "
+                stop(f"a response to {str(prompt)[:60]!r} has {len(sequences[-1])} tokens for the reward model {self.name}, which reads {self.limit}: "
                      "lower --max_prompt_tokens or --max_response_tokens")  # fmt: skip
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = [0.0] * len(sequences)
@@ -320,7 +437,7 @@ def write_rows(path: Path, rows: list[dict]):
     part.rename(path)
 
 
-def open_folder(args, rank: int) -> Path:
+def open_samples(args, rank: int) -> Path:
     folder = Path(args.output_dir)
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "resume"}
     if rank == 0:
@@ -362,27 +479,27 @@ def train(args: Args) -> Path:
     missing(args.policy, "python sft.py")
     tokenizer = load_tokenizer(args.policy, args)
     reward = TextReward(args.reward_model, args, device)
+    question = lambda row: [(row["prompt"], encode(tokenizer, row, None, args)[0])]
     questions, seen = [], {}
-    for row, where in load_rows(args.data, args.split, "prompts", args.seed):
-        ids, _ = encode(tokenizer, row, None, where, args)
-        if ids is not None:
-            text = json.dumps(row["prompt"])
-            seen[text] = seen.get(text, 0) + 1  # a prompt that comes again is answered anew
-            questions.append((row["prompt"], ids, key_of(args.seed, text, seen[text])))
+    for prompt, ids in load_data(args, "prompts", question):
+        text = json.dumps(prompt)
+        seen[text] = seen.get(text, 0) + 1  # a prompt that comes again is answered anew
+        questions.append((prompt, ids, key_of(args.seed, text, seen[text])))
     if not questions:
         stop(f"{args.data} ({args.split}) has no prompt to answer")
     per_prompt = args.n * args.best_of
     size = max(1, args.batch_size // per_prompt)
     batches = [list(range(at, min(at + size, len(questions)))) for at in range(0, len(questions), size)]
-    folder = open_folder(args, rank)
+    folder = open_samples(args, rank)
     rows = read_parts(folder / "parts", batches)
     barrier()  # every rank has read before one writes
     if any(row["prompt"] != questions[i][0] for i, row in rows.items()):
         stop(f"--resume: {args.data} holds other prompts than when {folder} was begun: name another --output_dir")
     if rank == 0:
         write_rows(folder / "parts" / "rank_0.jsonl", list(rows.values()))
-        for path in (folder / "parts").glob("rank_*[1-9].jsonl"):
-            path.unlink()
+        for path in (folder / "parts").glob("rank_*.jsonl"):
+            if path.name != "rank_0.jsonl":
+                path.unlink()
     barrier()
     part = folder / "parts" / f"rank_{rank}.jsonl"
     write, ends = {"generate": engine_generate, "generate_batch": engine_generate_batch, "vllm": engine_vllm}[
@@ -399,14 +516,9 @@ def train(args: Args) -> Path:
             responses = write([ids for _, ids, _ in asked], keys)
             texts = [tokenizer.decode([t for t in r if t not in ends]) for r in responses]
             complete = [bool(r) and r[-1] in ends for r in responses]
-            try:
-                scores = reward([prompt for prompt, *_ in asked], texts, complete)
-                if not all(map(math.isfinite, scores)):
-                    stop(f"the reward model {args.reward_model} gave a score that is not finite")
-            except SystemExit as ended:  # what one rank alone meets, that rank must tell
-                if rank:
-                    print(f"error: {ended.message}", file=sys.stderr)
-                raise
+            scores = reward([prompt for prompt, *_ in asked], texts, complete)
+            if not all(map(math.isfinite, scores)):
+                stop(f"the reward model {args.reward_model} gave a score that is not finite")
             drawn = list(zip(texts, scores, strict=True))
             lines = [
                 {"index": i} | graded_row(questions[i][0], drawn[k * per_prompt : (k + 1) * per_prompt], args)
@@ -440,173 +552,121 @@ def train(args: Args) -> Path:
 
 
 def main(argv=None):
-    train(parse_args(Args, PRESETS, argv, __doc__))
+    train(parse_args(Args, PRESETS, PAPER, argv, __doc__))
 
 
 # ====================================================================================================================
-# Plumbing: data, models, engine, run folder. The same text in every script (tests/test_copies.py).
+# Plumbing: flags, ranks, data, models, engine, run folder. The same text in every script (tests/test_copies.py).
 # ====================================================================================================================
 
 
-# Copied from dvpo.sample_responses
-def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[list[int]]:
-    """Response ids, with the EOS unless cut, of this rank's prompts (ids)."""
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):  # generation needs padding on the left
-        input_ids[i, width - len(prompt) :] = torch.tensor(prompt)
-        mask[i, width - len(prompt) :] = 1
-    with torch.no_grad(), unwrapped(engine) as model, engine.autocast():
-        out = model.generate(
-            input_ids=input_ids.to(device), attention_mask=mask.to(device), logits_processor=[noise],
-            max_new_tokens=args.max_response_tokens, do_sample=False, use_cache=True,
-        )  # fmt: skip
-    ends = engine.module.ends
-    responses = []
-    for row in out[:, width:].tolist():
-        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
-        responses.append(row[:length])
-    return responses
+# Copied from sft.read_flags
+def read_flags(kinds, argv, doc: str, **options):
+    """Flags as a dataclass, or one of a union of them: subcommands. Of several ranks the first one tells a mistake."""
+    import tyro
 
-
-# Copied from dvpo.unwrapped
-@contextlib.contextmanager
-def unwrapped(engine):
-    """The Hugging Face model, in eval mode; under ZeRO-3 with whole weights, so that ranks may stop at different lengths."""
-    module, training = engine.module, engine.module.training
-    module.eval()
-    if engine.deepspeed and engine.args.zero_stage == 3:
-        from deepspeed.runtime.zero import unwrap_model_for_generation
-
-        with unwrap_model_for_generation(engine.deepspeed):
-            yield module.model
-    else:
-        yield module.model
-    module.train(training)
-
-
-# Copied from rm.RewardModel
-class RewardModel(torch.nn.Module):
-    """A sequence-classification model's scores: (R,) fp32, read at the last token by length (decoder) or as stock."""
-
-    def __init__(self, model, decoder: bool):
-        super().__init__()
-        self.model, self.decoder = model, decoder
-
-    def forward(self, input_ids, lengths):
-        if not self.decoder:
-            mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-            return self.model(input_ids=input_ids, attention_mask=mask.long()).logits.float().squeeze(-1)
-        model = plain(self.model)
-        hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
-        last = torch.arange(len(lengths), device=lengths.device) * input_ids.shape[1] + lengths - 1
-        return getattr(model, head_name(model))(hidden.flatten(0, 1).index_select(0, last)).float().squeeze(-1)
-
-
-# Copied from rm.is_decoder
-def is_decoder(name: str, args) -> bool:
-    """A generative architecture, which reads chats; encoders (BERT, DeBERTa) read text pairs."""
-    from transformers import AutoConfig
-    from transformers.models.auto import modeling_auto as auto
-
-    try:
-        kind = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code).model_type
-    except (OSError, ValueError) as error:
-        stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
-    return kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-
-# Copied from rm.collate_scored
-def collate_scored(sequences: list[list[int]], pad_token_id: int, device):
-    """Right-padded (R, L) ids and (R,) lengths."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    input_ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
-    for i, sequence in enumerate(sequences):
-        input_ids[i, : len(sequence)] = torch.tensor(sequence)
-    return input_ids.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
-
-
-# Copied from rm.encode_pair
-def encode_pair(tokenizer, prompt, text, where: str, args):
-    """Ids of (prompt, response) as an encoder's text pair, each cut from its far end: what is near the seam stays."""
-    if isinstance(prompt, list):
-        prompt = "\n\n".join(m["content"] for m in prompt)
-    if not isinstance(prompt, str) or not isinstance(text, str):
-        stop(f"{where}: field prompt or text is missing or not text")
-    a, b = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
-    a, b = a[-args.max_prompt_tokens :], b[: args.max_response_tokens]
-    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
-    return [start, *a, end, *b, end]
-
-
-# Copied from gvm.head_name
-def head_name(model) -> str:
-    """What the architecture calls its linear head: `score` (Llama, Mistral, Qwen) or `classifier` (GPT-NeoX, GPT-2)."""
-    return "score" if hasattr(model, "score") else "classifier"
-
-
-# Copied from sft.stop
-def stop(message: str):
-    """A user's mistake: one line that says what to do, exit code 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr)
-    ended = SystemExit(2)
-    ended.message = message
-    raise ended
+    tell = os.environ.get("RANK", "0") == "0"
+    return tyro.cli(kinds, args=argv, description=doc, use_underscores=True, console_outputs=tell, **options)
 
 
 # Copied from sft.parse_args
-def parse_args(args_class, presets, argv=None, doc=""):
-    """`[PRESET] [--flag value ...]`: a preset is a named set of defaults."""
-    import tyro
+def parse_args(args_class, presets, paper, argv=None, doc=""):
+    """`[PRESET] [--flag value ...]`. A flag that is not given has the toy world's value for a model of toy.py's, and
+    `paper`'s, or the preset's, for any other."""
+    import toy
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    default = args_class()
-    if argv and not argv[0].startswith("-"):
-        name = argv.pop(0)
-        if name not in presets:
-            stop(f"unknown preset {name!r}: choose from {', '.join(presets)}, or give flags only for the toy world")
-        default = presets[name]
-    description = f"{doc}\n\nPresets (first argument): {', '.join(presets)}" if presets else doc
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(shown):
-            args = tyro.cli(args_class, args=argv, default=default, description=description, use_underscores=True)
-    except SystemExit as ended:
-        if not ended.code:  # --help
-            raise
-        wrong = re.split("[─-]{3,}", shown.getvalue())[1]  # of a box with a title, what is wrong, and advice
-        stop(" ".join(re.sub("[╮╰│]", " ", wrong).split()) + " See --help")
+    preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if preset and preset not in presets:
+        stop(f"unknown preset {preset!r}: choose from {', '.join(presets)}, or give flags only")
+    read = lambda values: read_flags(args_class, argv, doc, default=args_class(**values))
+    doc += f"\n\nPresets (first argument): {', '.join(presets)}"
+    args = read(paper | presets[preset] if preset else {})
+    start = getattr(args, "model", None) or args.policy
+    if preset and toy.is_model(start):
+        stop(f"preset {preset} is for real models, and {start} is of the toy world: name yours, or give no preset")
+    args = args if preset or toy.is_model(start) else read(paper)
+    args.settings = f"of preset {preset}" if preset else "of the toy world" if toy.is_model(start) else "the paper's"
     for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
         if getattr(args, name, 1) < 1:
             stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
     return args
 
 
+# Copied from sft._store
+_store = []  # torchrun's key-value store, by which ranks learn of each other's end
+
+
+# Copied from sft.stop
+def stop(message: str):
+    """A user's mistake: one line that says what to do, exit code 2. Told once on each host, by the rank that meets it
+    first; under torchrun at the end of its report."""
+    file, first = os.environ.get("TORCHELASTIC_ERROR_FILE"), True
+    for store in _store:
+        store.compare_set("stopped", "", message)
+        first = store.add(f"told on {os.environ.get('GROUP_RANK')}", 1) == 1
+        time.sleep(2 if first else 20)  # other hosts are to read it; torchrun ends whoever is not the first
+    if first and file:
+        extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    elif first:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Copied from sft.watch
+def watch():
+    """Ends this rank within seconds of any other's end, on whatever host."""
+    while True:
+        time.sleep(1)
+        try:
+            message = _store[0].get("stopped").decode() if _store[0].check(["stopped"]) else ""
+        except Exception:  # the host that keeps the store has gone; or this run is over, and its process about to end
+            time.sleep(15)
+            message = "the first host has ended: see what it says"
+        if message:
+            with contextlib.suppress(SystemExit):
+                stop(message)
+            os._exit(2)
+
+
 # Copied from sft.init_distributed
 def init_distributed(args):
     """(rank, world size, device). Several processes come from torchrun; one process with ZeRO stage 0 needs none of it."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
+    rank, local, world = (int(os.environ.get(x, alone[x])) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else DeepSpeed warns that it had to look
-    if (world > 1 or getattr(args, "zero_stage", 0)) and not dist.is_initialized():
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else DeepSpeed warns that it had to look
+    if by_deepspeed(args) and not dist.is_initialized():
+        os.environ.update(alone | os.environ)
         import deepspeed
 
-        for name, value in {
-            "RANK": 0,
-            "LOCAL_RANK": 0,
-            "WORLD_SIZE": 1,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": 29541,
-        }.items():
-            os.environ.setdefault(name, str(value))
-        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30), verbose=False)
-    return int(os.environ.get("RANK", 0)), world, device
+        backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(minutes=30)
+        deepspeed.init_distributed(backend, timeout=limit, verbose=False)
+        if world > 1:
+
+            def failed(kind, error, trace):
+                sys.__excepthook__(kind, error, trace)
+                stop(f"rank {rank} failed: {kind.__name__}: {error}")
+
+            _store.append(dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False))
+            threading.Thread(target=watch, daemon=True).start()
+            sys.excepthook = failed
+    return rank, world, device
+
+
+# Copied from sft.by_deepspeed
+def by_deepspeed(args) -> bool:
+    """Several ranks, or a ZeRO stage: DeepSpeed's engine, which under --bf16 keeps fp32 master weights of its own."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 or getattr(args, "zero_stage", 0) > 0
+
+
+# Copied from sft.barrier
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 # Copied from sft.all_sum
@@ -617,6 +677,16 @@ def all_sum(x):
     return x
 
 
+# Copied from sft.gather_lists
+def gather_lists(lists: list, world: int) -> list:
+    """The ranks' lists, joined in order of rank."""
+    if world == 1:
+        return lists
+    parts = [None] * world
+    dist.all_gather_object(parts, lists)
+    return [item for part in parts for item in part]
+
+
 # Copied from sft.shuffled
 def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
@@ -625,145 +695,239 @@ def shuffled(n: int, seed: int, epoch) -> list[int]:
     return order
 
 
-# Copied from sft.load_rows
-def load_rows(name: str, split: str, kind: str, seed: int = 0):
-    """Rows of `toy`, local files and hub datasets (comma-separated), in this project's column names, each with its place."""
-    if "," in name:
-        return [row for part in name.split(",") for row in load_rows(part.strip(), split, kind, seed)]
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+# Copied from sft.is_file
+def is_file(name: str) -> bool:
+    return Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet") or Path(name).is_file()
+
+
+# Copied from sft.read_data
+def read_data(name: str, split: str, kind: str, seed: int = 0):
+    """(raw rows, the number of each) of `toy`, a local file or a hub dataset (`name` or `name:configuration`); what the
+    split leaves out is not decoded."""
+    import datasets
+
     part = re.fullmatch(r"(\w+)(?:\[(\d*)(%?):(\d*)(%?)\])?", split)
     if not part:
         stop(f"--split {split!r} is not understood: write train, train[:30%] or train[2000:4000]")
-    if name == "toy":
-        import toy
+    datasets.disable_progress_bars(), datasets.logging.set_verbosity(50)
+    try:
+        if name == "toy":
+            import toy
 
-        kind = "heldout" if (kind, part[1]) == ("prompts", "heldout") else kind
-        raw = [(row, f"toy row {i + 1}") for i, row in enumerate(toy.rows(kind, seed))]
-    elif Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet") or Path(name).is_file():
-        raw = [(row, where) for row, where in read_file(Path(name)) if str(row.get("split", part[1])) == part[1]]
-    else:
-        import datasets
-
-        try:
-            raw = [(row, f"{name} row {i + 1}") for i, row in enumerate(datasets.load_dataset(name, split=part[1]))]
-        except Exception as error:  # the hub's many ways to fail: not found, gated, no network, no such split
-            stop(f"cannot load {name!r} (split {part[1]}): {str(error).splitlines()[0]} "
-                 "Give a local .json/.jsonl(.gz)/.parquet file, a dataset on the hub that you can reach, or `toy`")  # fmt: skip
+            kind = "heldout" if (kind, part[1]) == ("prompts", "heldout") else kind
+            raw = datasets.Dataset.from_list(toy.rows(kind, seed))
+        elif is_file(name):
+            form = "parquet" if name.endswith(".parquet") else "json"
+            raw = datasets.load_dataset(form, data_files=name, split="train")
+        else:
+            raw = datasets.load_dataset(*name.split(":"), split=part[1])
+    except Exception as error:  # each format and the hub fail in their own ways; the cause names Arrow's row
+        why = str(error.__cause__ or error).split("\n")[0] or "it is empty"
+        stop(f"{name} ({split}) cannot be read: {why}. --data takes a whole .json/.jsonl(.gz)/.parquet file in UTF-8, a "
+             "dataset on the hub that you can reach, or `toy`")  # fmt: skip
+    numbers = range(len(raw))
+    if is_file(name) and "split" in raw.column_names:
+        numbers = [i for i, of in enumerate(raw["split"]) if of in (None, part[1])]
     if part[3] or part[5]:  # shares of data that may be sorted by source: the same shuffle in every script
-        raw = [raw[i] for i in shuffled(len(raw), 0, "split")]
-    start, end = (
-        int(len(raw) * int(value) / 100) if percent else int(value) if value else default
-        for value, percent, default in ((part[2], part[3], 0), (part[4], part[5], len(raw)))
+        numbers = [numbers[i] for i in shuffled(len(numbers), 0, "split")]
+    at = lambda value, percent, default: (
+        int(value or default) * len(numbers) // 100 if percent else int(value or default)
     )
-    return [(canonical(row, where), where) for row, where in raw[start:end]]
+    numbers = numbers[at(part[2], part[3], 0) : at(part[4], part[5], len(numbers))]
+    return raw.select(numbers), numbers
 
 
-# Copied from sft.read_file
-def read_file(path: Path):
-    if not path.is_file():
-        stop(f"{path} does not exist: --data takes a .json/.jsonl(.gz)/.parquet file, a hub name, or `toy`")
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
+# Copied from sft.load_data
+def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
+    """What `encode_row` makes of each row (a list of examples, JSON), encoded once on each host, in parallel, and
+    memory-mapped by its ranks. A row that cannot be used (ValueError) is left out of hub data and counted; in a user's
+    own file it stops the run, unless --skip_bad_rows."""
+    import datasets
 
-            return [(row, f"{path} row {i + 1}") for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
-        text = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read()
-    except (OSError, ValueError, EOFError) as error:
-        stop(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): give a whole file, its format as its name says, text in UTF-8"
-        )
-    whole = text.lstrip().startswith("[")
-    rows = []
-    try:
-        lines = json.loads(text) if whole else text.split("\n")
-    except ValueError as error:
-        stop(f"{path} is not valid JSON ({error}): mend the file")
-    for i, line in enumerate(lines):
-        if not whole and not line.strip():
-            continue
-        try:
-            row = line if whole else json.loads(line)
-        except ValueError as error:
-            stop(f"{path} row {i + 1} is not valid JSON ({error}): mend or remove the line")
-        if not isinstance(row, dict):
-            stop(f"{path} row {i + 1} is not a JSON object: each row needs named fields such as prompt")
-        rows.append((row, f"{path} row {i + 1}"))
-    return rows
+    rank, world, local = (int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    features = datasets.Features({x: datasets.Value("large_string") for x in ("example", "bad")})
+    folder, tables = tempfile.mkdtemp() if world > 1 and local == 0 else "", []
+    for source in map(str.strip, (name or args.data).split(",")) if local == 0 else ():
+        raw, numbers = read_data(source, split or args.split, kind, args.seed)
+
+        def encoded(columns, at, source=source, numbers=numbers):
+            found = []
+            for i, *values in zip(at, *columns.values(), strict=True):
+                try:
+                    row = canonical(dict(zip(columns, values, strict=True)))
+                    found += [(json.dumps(example), "") for example in encode_row(row)]
+                except ValueError as error:
+                    found.append(("", f"{source} row {numbers[i] + 1}: {error}"))
+            return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
+
+        several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
+        table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
+                        num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+        bad = [reason for reason in table["bad"] if reason]
+        if bad and (source == "toy" or is_file(source)) and not getattr(args, "skip_bad_rows", False):
+            stop(f"{bad[0]}. Mend the row, or leave such rows out with --skip_bad_rows")
+        if bad and rank == 0:
+            print(f"{source}: {len(bad)} of {len(raw)} rows left out, the first one because of {bad[0]}")
+        tables.append(table.select([i for i, reason in enumerate(table["bad"]) if not reason]) if bad else table)
+    table = datasets.concatenate_datasets(tables) if local == 0 else None
+    if world > 1:
+        if local == 0:
+            table.save_to_disk(folder)
+        table = datasets.load_from_disk(gather_lists([folder], world)[rank - local])
+        barrier()
+        shutil.rmtree(folder, ignore_errors=True)  # what is mapped outlives its name
+    return table.with_transform(lambda rows: {"example": [json.loads(x) for x in rows["example"]]})["example"]
 
 
 # Copied from sft.canonical
-def canonical(row: dict, where: str) -> dict:
-    """One row in this project's names: prompt, completion, chosen, rejected, responses [{text, score, policy}].
-
-    Maps UltraFeedback (binarized: chosen/rejected message lists; original: instruction, completions), HH (transcripts
-    without prompt) and TL;DR (prompt, completion)."""
+def canonical(row: dict) -> dict:
+    """One row in this project's names: prompt, completion, chosen, rejected, responses [{text, score, policy}]; `answer`
+    tells what the completion is. ValueError names the field that is wrong. docs/data.md shows how each dataset is read."""
     row = {field: value for field, value in row.items() if value is not None}  # tables fill with nulls
-    for field in ("completion", "chosen", "rejected", "messages"):
+    turn = re.compile(r"\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.S)
+    for field in ("prompt", "rejected", "chosen"):  # HH: transcripts
+        if str(row.get(field)).startswith("\n\nHuman:"):
+            turns = [
+                ("user" if who == "Human" else "assistant", text.strip()) for who, text in turn.findall(row[field])
+            ]
+            turns = turns[:-1] if field == "prompt" and turns[-1] == ("assistant", "") else turns
+            row[field] = [{"role": who, "content": text} for who, text in turns]
+    for field in ("completion", "rejected", "chosen", "messages"):
         value = row.get(field)
         if isinstance(value, list):
             if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
-                stop(f"{where}: field {field} is not a list of {{role, content}} messages")
-            if len(value) > 1 or field == "messages":
-                row["prompt"] = value[:-1]
+                raise ValueError(f"field {field} is not a list of {{role, content}} messages")
+            if value[-1].get("role") != "assistant":
+                raise ValueError(f"field {field} does not end with an answer of the assistant")
+            row |= {"prompt": value[:-1]} if len(value) > 1 or field == "messages" else {}
             row["completion" if field == "messages" else field] = value[-1]["content"]
-    if "prompt" not in row and isinstance(row.get("chosen"), str) and "\n\nAssistant:" in row["chosen"]:
-        for field in [f for f in ("rejected", "chosen") if isinstance(row.get(f), str)]:
-            head, _, row[field] = row[field].rpartition("\n\nAssistant:")
-            row["prompt"] = head + "\n\nAssistant:"
+    if isinstance(row.get("info"), dict):  # summarize_from_feedback: comparisons, and summaries graded by axes
+        row["prompt"] = f"{row['info'].get('post') or row['info'].get('article')}\n\nTL;DR:"
+        found = row.get("summaries") or [row.get("summary") or {}]
+        score = lambda i: 2.0 * (i == row["choice"]) - 1 if "choice" in row else found[i].get("axes", {}).get("overall")
+        row["responses"] = [response | {"score": score(i)} for i, response in enumerate(found)]
+    if "article" in row and "highlights" in row:  # CNN/DailyMail
+        row |= {"prompt": f"{row['article']}\n\nTL;DR:", "completion": row["highlights"]}
+    if "instruction" in row and "prompt" not in row:  # Alpaca; UltraFeedback
+        row["prompt"] = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+        row |= {"completion": row["output"]} if "output" in row else {}
     for field in ("completions", "responses"):
-        value = row.get(field, [])
-        if not isinstance(value, list) or not all(isinstance(r, dict) for r in value):
-            stop(f"{where}: field {field} is not a list of {{text, score, policy}}")
-    if "instruction" in row and "completions" in row:
-        row["prompt"] = row["instruction"]
-        scored = [(c, c.get("fine-grained_score")) for c in row["completions"]]
+        if not isinstance(row.get(field, []), list) or not all(isinstance(r, dict) for r in row.get(field, [])):
+            raise ValueError(f"field {field} is not a list of {{text, score, policy}}")
+    if "completions" in row:
+        grade = lambda c: c.get("overall_score") if c.get("fine-grained_score") is None else c["fine-grained_score"]
         row["responses"] = [
-            {"text": c.get("response"), "score": c.get("overall_score") if s is None else s, "policy": c.get("model")}
-            for c, s in scored
+            {"text": c.get("response"), "score": grade(c), "policy": c.get("model")} for c in row["completions"]
         ]
-    for response in row.get("responses", []):
-        score = response.get("score")
+    scores = [response.get("score") for response in row.get("responses", [])]
+    for score in scores:
         if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
-            stop(f"{where}: field score is {score!r}, not a finite number")
+            raise ValueError(f"field score is {score!r}, not a finite number")
+    row["answer"] = "completion"  # what SFT imitates; on preferences or grades, the better response
     if "completion" not in row and "chosen" in row:
-        row["completion"] = row["chosen"]  # what SFT on preferences or grades imitates: the better response
-    elif "completion" not in row and row.get("responses"):
-        score = lambda r: -math.inf if r.get("score") is None else r["score"]
-        row["completion"] = max(row["responses"], key=score).get("text")
+        row |= {"completion": row["chosen"], "answer": "chosen"}
+    elif "completion" not in row and scores:
+        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None else scores[i])
+        row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
     return row
 
 
-# Copied from sft.encode
-def encode(tokenizer, row: dict, field: str | None, where: str, args):
-    """(prompt ids, response ids with EOS) of a row; (None, None) for a long prompt under --drop_long_prompts.
+# Copied from sft.as_messages
+def as_messages(prompt) -> list[dict]:
+    """A prompt as chat messages; ValueError if it is none."""
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = lambda m: isinstance(m, dict) and all(isinstance(m.get(field), str) for field in ("role", "content"))
+    if not chat or not isinstance(chat, list) or not all(map(text, chat)):
+        raise ValueError("field prompt is missing, or neither a string nor a list of {role, content} messages")
+    return chat
 
-    The prompt is rendered by the chat template up to where the assistant begins; the response is the text's own tokens
-    and the EOS, cut (and then without EOS) at --max_response_tokens."""
-    prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not prompt or not isinstance(prompt, list):
-        stop(f"{where}: field prompt is missing, or neither a string nor a list of messages")
-    try:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    except Exception as error:  # templates raise what they like for roles they do not know
-        stop(f"{where}: the chat template does not take field prompt: {error}")
-    if len(ids) > args.max_prompt_tokens:
-        if args.drop_long_prompts:
-            return None, None
-        stop(f"{where}: field prompt has {len(ids)} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}: "
-             "raise it, shorten the prompt, or leave such rows out with --drop_long_prompts")  # fmt: skip
-    if field is None:
-        return ids, []
-    text = row.get(field)
+
+# Copied from sft.MARK
+MARK = "ANSWERMARKER"  # an answer that shows in the chat template's text what stands before and behind one
+
+# Copied from sft.EARLIER
+EARLIER = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": MARK}]
+
+
+# Copied from sft.control_tokens
+@functools.cache
+def control_tokens(tokenizer) -> tuple[int, dict[str, int]]:
+    """The token that ends an answer, which is what the chat template writes behind one (`<|im_end|>`, say) or else EOS; and
+    all tokens that text must not hold."""
+    text = tokenizer.apply_chat_template(EARLIER, tokenize=False) if tokenizer.chat_template else ""
+    behind, added = (
+        tokenizer(text.rpartition(MARK)[2], add_special_tokens=False)["input_ids"],
+        tokenizer.added_tokens_decoder,
+    )
+    end = next((i for i in behind if i in added), tokenizer.eos_token_id)
+    return end, {token.content: i for i, token in added.items() if token.special or i == end}
+
+
+# Copied from sft.text_ids
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a user's or a model's text. A control token that is spelled in it stays text; ValueError where the tokenizer
+    cannot tell the two apart."""
+    spelled = {i for token, i in control_tokens(tokenizer)[1].items() if token in text}
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=bool(spelled))["input_ids"]
+    if not (spelled - {tokenizer.unk_token_id, tokenizer.pad_token_id}).isdisjoint(ids):
+        raise ValueError("a control token is spelled in the text, and this tokenizer cannot tell it from a real one")
+    return ids
+
+
+# Copied from sft.chat_ids
+def chat_ids(tokenizer, chat: list, later: bool = False) -> list[int]:
+    """Ids of a conversation up to where the assistant begins, as the chat template renders it: from the start, or
+    `later`, from behind another answer's end. A system message that a family does not know opens the first question."""
+    ids, control = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], control_tokens(tokenizer)
+    end, texts = tokenizer.decode(control[0]), [m["content"] for m in chat]
+
+    def rendered(chat):
+        try:
+            text, why = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False), None
+        except Exception as error:  # templates raise what they like for roles they do not know
+            text, why = "", error
+        if len(chat) > 1 and chat[0]["role"] == "system" and (why or chat[0]["content"].strip() not in text):
+            text = f"{chat[0]['content']}\n\n{chat[1]['content']}"
+            return rendered([chat[1] | {"content": text}, *chat[2:]])
+        if why:
+            raise ValueError(f"the chat template does not take field prompt: {why}")
+        return end + text.partition(MARK)[2].lstrip(" ").removeprefix(end) if later else text
+
+    before = EARLIER if later else []
+    if not any(token in text for text in texts for token in control[1]):
+        return ids(rendered(before + chat))[later:]
+    names = [f"MESSAGE{i}MARKER" for i in range(len(chat))]
+    first, *rest = re.split(
+        "|".join(names), rendered(before + [m | {"content": x} for m, x in zip(chat, names, strict=True)])
+    )
+    if len(rest) != len(texts):
+        raise ValueError("a control token is spelled in field prompt, and the chat template takes messages apart")
+    return sum([text_ids(tokenizer, text) + ids(after) for text, after in zip(texts, rest)], ids(first))[later:]
+
+
+# Copied from sft.response_ids
+def response_ids(tokenizer, text, args, field: str = "text") -> list[int]:
+    """Ids of a response: the text's, and the token that ends a turn; cut, and then without it, at --max_response_tokens."""
     if not isinstance(text, str):
-        stop(f"{where}: field {field} is missing or not text")
-    response = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return ids, response[: args.max_response_tokens]
+        raise ValueError(f"field {field} is missing or not text")
+    return [*text_ids(tokenizer, text), control_tokens(tokenizer)[0]][: args.max_response_tokens]
+
+
+# Copied from sft.encode
+def encode(tokenizer, row: dict, field: str | None, args):
+    """(prompt ids, response ids) of a row; ValueError if it cannot be used. The prompt is rendered up to where the assistant
+    begins; the response is of the text in `field`, or empty."""
+    ids = chat_ids(tokenizer, as_messages(row.get("prompt")))
+    if len(ids) > args.max_prompt_tokens:
+        raise ValueError(f"field prompt has {len(ids)} tokens, more than --max_prompt_tokens {args.max_prompt_tokens}")
+    return ids, [] if field is None else response_ids(tokenizer, row.get(field), args, field)
 
 
 # Copied from sft.Batch
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Sequences [prompt | response | padding]. Causal models need no attention mask for padding on the right."""
 
     input_ids: torch.Tensor  # (B, L)
@@ -772,8 +936,8 @@ class Batch:
     cell: torch.Tensor  # (N,) their flat positions in (B, T)
     response_mask: torch.Tensor  # (B, T) bool
 
-    def to(self, device):
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+
+# -------------------------------------------------------------------------------------------------------------- models
 
 
 # Copied from sft.PLAIN_TEMPLATE
@@ -794,19 +958,19 @@ def missing(name: str, command: str = ""):
 
 # Copied from sft.load_tokenizer
 def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    import transformers
+
     if name == "toy":
         import toy
 
         return toy.tokenizer()
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         stop(f"cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}")
+    if chat_template not in ("", "plain") and not Path(chat_template).is_file():
+        stop(f"--chat_template {chat_template} does not exist: give a Jinja file, or `plain`")
     if chat_template:
-        if chat_template != "plain" and not Path(chat_template).is_file():
-            stop(f"--chat_template {chat_template} does not exist: give a Jinja file, or `plain`")
         tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
     if chat and not tokenizer.chat_template:
         stop(
@@ -819,58 +983,94 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
     return tokenizer
 
 
+# Copied from sft.zero_3
+@contextlib.contextmanager
+def zero_3(args):
+    """Under ZeRO stage 3, models are built in parts in this context: no rank ever holds one whole."""
+    parts = None
+    if getattr(args, "zero_stage", 0) == 3:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        config = {
+            "zero_optimization": {"stage": 3},
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": args.bf16},
+        }
+        parts = HfDeepSpeedConfig(config)  # in force as long as it lives
+    yield
+    del parts
+
+
+# Copied from sft.whole
+def whole(module, args, writer: int | None = None):
+    """Inside this context every rank sees whole weights, and `writer` may change them (ZeRO-3 keeps them in parts)."""
+    if getattr(args, "zero_stage", 0) < 3:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=writer)
+
+
+# Copied from sft.model_class
+def model_class(kind: str, config):
+    """The class of a `causal`, `value` (token classification) or `reward` (sequence classification) model: stock, or where
+    transformers has none for a family, its generic head on the family's backbone."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    task = {"causal": "CausalLM", "value": "TokenClassification", "reward": "SequenceClassification"}[kind]
+    auto = getattr(transformers, f"AutoModelFor{task}")
+    if kind == "causal" or type(config) in auto._model_mapping or getattr(config, "auto_map", None):
+        return auto
+    base = next(c for c in MODEL_MAPPING[type(config)].__mro__[1:] if issubclass(c, transformers.PreTrainedModel))
+    head, name = (
+        getattr(transformers.modeling_layers, f"GenericFor{task}"),
+        type(config).__name__.removesuffix("Config"),
+    )
+    return type(f"{name}For{task}", (head, base), {"config_class": type(config), "base_model_prefix": "model"})
+
+
 # Copied from sft.load_model
 def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
-    """A stock Hugging Face model: `causal`, `value` (token classification) or `reward` (sequence classification).
-
-    Trained weights are fp32 (bf16 products by autocast, or DeepSpeed's bf16 with fp32 master weights); frozen ones, and
-    the base of LoRA, are bf16 under --bf16."""
+    """A `model_class` model without dropout. Trained weights are fp32 (bf16 products by autocast), but bf16 where DeepSpeed
+    keeps fp32 ones under --bf16; frozen weights, and the base of LoRA, are bf16 under --bf16."""
     import transformers
-    from transformers import AutoConfig
+
+    import toy
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    auto = {
-        "causal": "AutoModelForCausalLM",
-        "value": "AutoModelForTokenClassification",
-        "reward": "AutoModelForSequenceClassification",
-    }
-    auto = getattr(transformers, auto[kind])
-    extra = {} if kind == "causal" else {"num_labels": 1}
-    dtype = torch.bfloat16 if args.bf16 and (frozen or args.lora_r) else torch.float32
+    half = args.bf16 and (frozen or args.lora_r or by_deepspeed(args))
+    options = {"dtype": torch.bfloat16 if half else torch.float32, "trust_remote_code": args.trust_remote_code}
+    if args.attention != "auto" and not (kind == "reward" and frozen):  # a reward model of another family has its own
+        options["attn_implementation"] = args.attention
+    labels = {} if kind == "causal" else {"num_labels": 1}
     try:
-        if name == "toy":
-            import toy
-
-            model = auto.from_config(toy.config(**extra), attn_implementation=args.attention, dtype=dtype)
-        else:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **extra)
-            if kind == "value":
-                config.classifier_dropout = 0.0
-            model = auto.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                attn_implementation=args.attention,
-                trust_remote_code=args.trust_remote_code,
-            )
+        load = functools.partial(
+            transformers.AutoConfig.from_pretrained, name, trust_remote_code=args.trust_remote_code
+        )
+        config = toy.config(**labels) if name == "toy" else load(**labels)
+        for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
+            setattr(config, key, 0.0)
+        auto = model_class(kind, config)
+        with zero_3(args):
+            if name == "toy":
+                model = auto.from_config(config, **options)
+            else:
+                model = auto.from_pretrained(name, config=config, **options)
     except (OSError, ValueError, ImportError) as error:
         stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
     model.config.pad_token_id = tokenizer.pad_token_id
     if kind == "causal":  # a hub model's sampling defaults (top-k, penalties, ...) would bias rollouts
         ends = model.generation_config.eos_token_id
-        ends = sorted(
-            {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
-        )
-        model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+        ends = {tokenizer.eos_token_id, control_tokens(tokenizer)[0], *(ends if isinstance(ends, list) else [ends])} - {
+            None
+        }
+        settings = {"eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id}
+        model.generation_config = transformers.GenerationConfig(**settings)
     if not frozen and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if frozen:
-        model.requires_grad_(False).eval()
-    return model
+    return model.requires_grad_(False).eval() if frozen else model
 
 
 # Copied from sft.plain
@@ -882,44 +1082,29 @@ def plain(model):
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
     """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
-    of a token it returns -Σ weight · logp instead, a scalar. Losses of whole sequences ask for fp32 logits, whose rounding
-    does not add up over tokens.
+    of a token it returns -Σ weight · logp instead, a scalar. Only response positions go through the LM head."""
 
-    Only response positions go through the LM head, inside the head's own forward: there ZeRO-3 has gathered its weight."""
-
-    def __init__(self, model, logits_dtype: torch.dtype | None = None):
+    def __init__(self, model):
         super().__init__()
-        self.model = model
-        ends = plain(model).generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends])
-        head = plain(model).get_output_embeddings()
-        plain_forward = head.forward
-        softcap = getattr(plain(model).config, "final_logit_softcapping", None)
-
-        def forward(hidden, target=None, temperature=1.0, token_weight=None):
-            if target is None:
-                return plain_forward(hidden)
-            options = {"bias": head.bias, "temperature": temperature, "softcap": softcap, "logits_dtype": logits_dtype}
-            if token_weight is None:
-                return linear_logprob(hidden, head.weight, target, **options)
-            return linear_nll(hidden, head.weight, target, hidden.new_full(target.shape, token_weight), **options)
-
-        head.forward = forward
+        self.model, self.ends = model, set(plain(model).generation_config.eos_token_id)
+        patch_head(plain(model))
 
     def forward(self, batch: Batch, temperature: float = 1.0, token_weight: float | None = None):
         hidden = plain(self.model).get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.predict)
-        logp = plain(self.model).get_output_embeddings()(hidden, batch.target, temperature, token_weight)
+        found = plain(self.model).get_output_embeddings()(hidden, batch.target, temperature, token_weight)
         if token_weight is not None:
-            return logp
-        flat = logp.new_zeros(batch.response_mask.numel())
-        return flat.index_copy(0, batch.cell, logp).view(batch.response_mask.shape)
+            return found
+        flat = found.new_zeros(batch.response_mask.numel())
+        return flat.index_copy(0, batch.cell, found).view(batch.response_mask.shape)
 
-
-# Copied from sft.barrier
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
+    def check(self, engine):
+        """Stops where a family makes its logits in a way that is not known here."""
+        with engine.autocast():
+            gap = logit_gap(plain(self.model))
+        if not gap < (0.1 if engine.args.bf16 else 1e-3):
+            stop(f"{type(plain(self.model)).__name__}: log-probs come out {gap:.2g} nat from the model's own; its head does more "
+                 "than scale and soft-cap logits, which is not supported")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ Policies in the data carry opaque ids (`POLICY_IDS`), which are metadata only. I
 `tokenizer` and `config` need transformers. `python toy.py` prints the cast.
 """
 
+import json
 import math
 import random
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -494,8 +496,15 @@ def config(**changes):
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": 1,
+        "toy_world": True,  # how `is_model` knows what comes of it
     }
     return LlamaConfig(**(settings | changes))
+
+
+def is_model(name):
+    """Whether a model (`toy`, or a folder) is of this world."""
+    path = Path(name, "config.json")
+    return name == "toy" or (path.is_file() and "toy_world" in json.loads(path.read_text(encoding="utf-8")))
 
 
 def main():

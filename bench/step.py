@@ -115,7 +115,7 @@ def build(folder: Path, settings: dict):
         auto = getattr(transformers, f"LlamaFor{kind}Classification")
         model = auto.from_pretrained(folder / "policy", num_labels=1, dtype=dtype)
         if name == "gvm" and settings["share_backbone"]:
-            args = SimpleNamespace(lora_r=8, lora_alpha=32, lora_dropout=0.0)
+            args = SimpleNamespace(lora_r=8, bf16=settings["bf16"])
             model = gvm.add_lora(model, args, head="score")
             model.save_pretrained(folder / name / "adapter")
             model = model.merge_and_unload()

@@ -53,11 +53,11 @@ class Args:
     batch_size: int = 256
     """answers in one call of the model"""
     max_prompt_tokens: int = 64
-    """a longer prompt is an error, or left out with --drop_long_prompts"""
+    """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 48
     """an answer is sampled until EOS or this length"""
-    drop_long_prompts: bool = False
-    """leave out rows whose prompt is longer than --max_prompt_tokens instead of stopping"""
+    skip_bad_rows: bool = False
+    """leave out rows of your own file that cannot be used (as is done with hub data) instead of stopping at the first"""
     output: str = ""
     """a JSON file for the numbers"""
     bf16: bool = False
@@ -154,7 +154,7 @@ class Model:
         with torch.no_grad(), self.writer.autocast():
             for at in range(0, len(ids), batch_size):
                 rows = list(zip(ids[at : at + batch_size], responses[at : at + batch_size], strict=True))
-                logp = self.writer.module(sft.collate(rows, self.tokenizer.pad_token_id).to(self.device))
+                logp = self.writer.module(sft.collate(rows, self.tokenizer.pad_token_id, self.device))
                 parts.append(torch.nn.functional.pad(logp, (0, width - logp.shape[1])).cpu())
         return torch.cat(parts)
 
@@ -194,18 +194,14 @@ def measure(model: Model, reference: Model, prompts, ids, n: int, seed: int, rew
 
 def load_prompts(args, tokenizer):
     """(prompts, their ids)."""
-    found = []
-    for row, where in sft.load_rows(args.data, args.split, "prompts"):
-        ids, _ = sft.encode(tokenizer, row, None, where, args)
-        if ids is not None:
-            found.append((row["prompt"], ids))
-    if not found:
+    found = sft.load_data(args, "prompts", lambda row: [(row["prompt"], sft.encode(tokenizer, row, None, args)[0])])
+    if not len(found):
         sft.stop(f"{args.data} ({args.split}) has no prompt to answer")
     return [list(x) for x in zip(*found, strict=True)]
 
 
 def main(argv=None):
-    args = sft.parse_args(Args, {}, argv, __doc__)
+    args = sft.read_flags(Args, argv, __doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in (args.policy, args.reference):
         sft.missing(name)

@@ -249,7 +249,7 @@ def run_tally(args: Tally) -> dict:
 
 
 def main(argv=None):
-    args = samples.parse(Sheet | Tally, argv, __doc__)
+    args = sft.read_flags(Sheet | Tally, argv, __doc__)
     return write_sheet(args) if isinstance(args, Sheet) else run_tally(args)
 
 

@@ -490,7 +490,7 @@ def texts(value) -> list[str]:
 def read_questions(name: str, limit: int) -> list[dict]:
     """[{id, category, turns, reference}] of MT-Bench's, Arena-Hard's or any file with `turns` or `prompt`."""
     found = []
-    for i, (row, where) in enumerate(sft.load_rows(name, "train", "prompts")):
+    for i, (row, where) in enumerate(samples.load_rows(name, "train", "prompts")):
         turns = row.get("turns") or row.get("prompt")
         if not turns:
             sft.stop(f"{where}: no field turns, nor prompt: it is no question")
@@ -504,7 +504,7 @@ def read_answers(name: str, questions: list[dict]) -> list[list[str]]:
     """The turns answered to each question: `judge.py answers`' file, a sample file (the first response to the same
     prompt), or FastChat's or Arena-Hard's."""
     by_id, by_prompt = {}, {}
-    for row, where in sft.load_rows(name, "train", "graded"):
+    for row, where in samples.load_rows(name, "train", "graded"):
         key = row.get("question_id", row.get("uid"))
         text = row["responses"][0].get("text") if row.get("responses") else row.get("completion")
         if "choices" in row:
@@ -774,7 +774,7 @@ def arena(args: Arena) -> dict:
 
 def main(argv=None):
     commands = {Answers: answers, Score: score, MtBench: mt_bench, Arena: arena}
-    args = samples.parse(Answers | Score | MtBench | Arena, argv, __doc__)
+    args = sft.read_flags(Answers | Score | MtBench | Arena, argv, __doc__)
     return commands[type(args)](args)
 
 

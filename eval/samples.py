@@ -7,11 +7,8 @@ kept. Where a program takes a sample file it takes a model as well (a folder, or
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,21 +46,6 @@ class Sampling:
     """weights in bfloat16 (GPU)"""
 
 
-def parse(kinds, argv, doc: str):
-    """Flags as a dataclass (a union of them: subcommands). A mistake is one line and exit code 2, as in the scripts."""
-    import tyro
-
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(shown):
-            return tyro.cli(kinds, args=argv, description=doc, use_underscores=True)
-    except SystemExit as ended:
-        if not ended.code:  # --help
-            raise
-        wrong = re.split("[─-]{3,}", shown.getvalue())[1]  # where boxes cannot be drawn, tyro writes hyphens
-        sft.stop(" ".join(re.sub("[╮╰│]", " ", wrong).split()) + " See --help")
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -83,12 +65,24 @@ def is_file(name: str) -> bool:
     return Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet") or Path(name).is_file()
 
 
+def load_rows(name: str, split: str, kind: str, seed: int = 0) -> list[tuple[dict, str]]:
+    """Rows of comma-separated sources in the project's column names, each with its place; stops at a bad one."""
+    found = []
+    for source in map(str.strip, name.split(",")):
+        for row, i in zip(*sft.read_data(source, split, kind, seed), strict=True):
+            try:
+                found.append((sft.canonical(row), f"{source} row {i + 1}"))
+            except ValueError as error:
+                sft.stop(f"{source} row {i + 1}: {error}")
+    return found
+
+
 def read(name: str, policy: str = "", split: str = "train") -> list[dict]:
     """Rows {prompt, key, responses, category?} of a sample file, one a prompt, in the file's order.
 
     `policy` keeps the responses of that policy only. `key` is the prompt as JSON, by which two files are matched."""
     rows, policies = {}, set()
-    for row, where in sft.load_rows(name, split, "graded"):
+    for row, where in load_rows(name, split, "graded"):
         prompt = row.get("prompt")
         whole = isinstance(prompt, list) and all(
             isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt
@@ -128,7 +122,7 @@ def settings(args) -> dvpo.Args:
     """The scripts' own arguments that loading, encoding and scoring read."""
     return dvpo.Args(
         max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens, bf16=args.bf16,
-        micro_batch_size=args.micro_batch_size, drop_long_prompts=getattr(args, "drop_long_prompts", False),
+        micro_batch_size=args.micro_batch_size, skip_bad_rows=getattr(args, "skip_bad_rows", False),
     )  # fmt: skip
 
 
@@ -144,8 +138,12 @@ class Sampler:
         """n responses to each prompt, prompt by prompt; temperature 0 is greedy. Same seed and prompts: same responses."""
         greedy = not temperature
         self.model.args = dataclasses.replace(self.model.args, temperature=temperature or 1.0, greedy=greedy)
-        ids = [sft.encode(self.tokenizer, {"prompt": p}, None, f"prompt {i + 1}", self.args)[0]
-               for i, p in enumerate(prompts)]  # fmt: skip
+        ids = []
+        for i, prompt in enumerate(prompts):
+            try:
+                ids.append(sft.encode(self.tokenizer, {"prompt": prompt}, None, self.args)[0])
+            except ValueError as error:
+                sft.stop(f"prompt {i + 1}: {error}")
         found = self.model.answers(prompts, ids, n, seed, self.args.micro_batch_size)
         return calibration.texts_of(found, self.model.ends, self.tokenizer)[0]
 
@@ -157,7 +155,7 @@ def samples(name: str, args, policy: str = "", n: int = 1) -> list[dict]:
     if not args.prompts:
         sft.stop(f"{name} is not a sample file: give one (.jsonl, .json, .parquet), or a model together with --prompts")
     rows = {}
-    source = [] if args.prompts == "toy" else sft.load_rows(args.prompts, args.split, "prompts")
+    source = [] if args.prompts == "toy" else load_rows(args.prompts, args.split, "prompts")
     if args.prompts == "toy":
         import toy
 

@@ -23,6 +23,7 @@ from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gvm
+import sft
 from eval import report, samples
 from eval.report import Raw, esc, num
 
@@ -51,11 +52,11 @@ class Args:
     tau_pairs: int | None = None
     """question-answer pairs in tau; default: as in training"""
     max_prompt_tokens: int = 1024
-    """a longer prompt is an error, or left out with --drop_long_prompts"""
+    """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 512
     """a longer response is cut"""
-    drop_long_prompts: bool = False
-    """leave out rows whose prompt is longer than --max_prompt_tokens instead of stopping"""
+    skip_bad_rows: bool = False
+    """leave out rows of your own file that cannot be used (as is done with hub data) instead of stopping at the first"""
     micro_batch_size: int = 8
     """sequences per forward pass"""
     seed: int = 0
@@ -198,7 +199,7 @@ def cases(args: Args) -> list[dict]:
     if args.prompt:
         if not args.response:
             gvm.stop("--prompt needs responses to show: give --response TEXT [TEXT ...]")
-        read = lambda text: gvm.encode(tokenizer, {"prompt": args.prompt, "text": text}, "text", "--response", args)[1]
+        read = lambda text: gvm.response_ids(tokenizer, text, args)
         groups = [[gvm.Answer(samples.messages(args.prompt), read(text)) for text in args.response]]
     elif pool:
         keys = list(dict.fromkeys(answer.key for answer in pool))[: args.prompts]
@@ -225,7 +226,7 @@ def cases(args: Args) -> list[dict]:
 
 
 def main(argv=None):
-    args = samples.parse(Args, argv, __doc__)
+    args = sft.read_flags(Args, argv, __doc__)
     shown, folder = cases(args), Path(args.output_dir)
     limit = max(np.abs(line["q"]).max() for case in shown for line in case["lines"])
     folder.mkdir(parents=True, exist_ok=True)

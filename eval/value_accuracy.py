@@ -30,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dvpo
 import gvm
+import sft
 import toy
 from eval import demo, samples, winrate
 
@@ -55,11 +56,11 @@ class Args:
     tau_pairs: int | None = None
     """question-answer pairs in tau; default: as in training"""
     max_prompt_tokens: int = 1024
-    """a longer prompt is an error, or left out with --drop_long_prompts"""
+    """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 1024
     """a longer response is cut"""
-    drop_long_prompts: bool = False
-    """leave out rows whose prompt is longer than --max_prompt_tokens instead of stopping"""
+    skip_bad_rows: bool = False
+    """leave out rows of your own file that cannot be used (as is done with hub data) instead of stopping at the first"""
     micro_batch_size: int = 8
     """sequences per forward pass"""
     seed: int = 0
@@ -126,7 +127,7 @@ def implicit_rewards(policy: str, reference: str, answers: list[gvm.Answer], arg
         model = dvpo.Policy(dvpo.load_model("causal", name, tokenizer, loading, frozen=True)).to(samples.device())
         with torch.no_grad():
             parts = [
-                model(dvpo.collate(rows[at : at + args.micro_batch_size], tokenizer.pad_token_id).to(samples.device()))
+                model(dvpo.collate(rows[at : at + args.micro_batch_size], tokenizer.pad_token_id, samples.device()))
                 .sum(1).double().cpu()
                 for at in range(0, len(rows), args.micro_batch_size)
             ]  # fmt: skip
@@ -144,7 +145,7 @@ def load_answers(tokenizer, args) -> list[gvm.Answer]:
     """The data as this tokenizer reads it."""
     if args.data != "toy":
         return gvm.load_answers(tokenizer, args)
-    read = lambda row: gvm.encode(tokenizer, row, "text", row["prompt"], args)[1]
+    read = lambda row: gvm.response_ids(tokenizer, row["text"], args)
     return [
         gvm.Answer(samples.messages(prompt), read({"prompt": prompt, "text": text}), score, policy)
         for policy, prompt, text, score in toy_texts(args.seed)
@@ -181,13 +182,12 @@ def reward_model_accuracy(args) -> dict:
     else:
         rows = [
             (row["prompt"], response["text"], response["score"])
-            for row, _ in gvm.load_rows(args.data, args.split, "graded", args.seed)
+            for row, _ in samples.load_rows(args.data, args.split, "graded", args.seed)
             for response in row.get("responses")
             or [{"text": row["chosen"], "score": 1.0}, {"text": row["rejected"], "score": -1.0}]
         ]
     found = winrate.reward_scores(args.reward_model, [row[:2] for row in rows], args)
-    scored = [(row, mark) for row, mark in zip(rows, found, strict=True) if mark is not None]
-    triples = [(str(prompt), score, {"mean": mark}) for (prompt, _, score), mark in scored]
+    triples = [(str(prompt), score, {"mean": mark}) for (prompt, _, score), mark in zip(rows, found, strict=True)]
     return accuracies(triples, args.seed)
 
 
@@ -234,7 +234,7 @@ def run(args: Args) -> dict:
 
 
 def main(argv=None):
-    return run(samples.parse(Args, argv, __doc__))
+    return run(sft.read_flags(Args, argv, __doc__))
 
 
 if __name__ == "__main__":

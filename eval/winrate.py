@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import rm
+import sample
 import sft
-from eval import judge, samples
+from eval import calibration, judge, samples
 
 
 @dataclass(kw_only=True)
@@ -79,29 +78,11 @@ def summary(shares: np.ndarray, seed: int = 0) -> dict:
 # ----------------------------------------------------------------------------------------------------------- judgment
 
 
-def reward_scores(name: str, pairs: list[tuple], args) -> list[float | None]:
-    """A reward model's scores of (prompt, text) pairs, as `rm.py` reads them; None where the prompt is dropped."""
-    sft.missing(name, "python rm.py")
-    found, loading = [], samples.settings(args)
-    decoder = rm.is_decoder(name, loading)
-    tokenizer = rm.load_tokenizer(name, loading, chat=decoder)
-    model = rm.RewardModel(rm.load_model("reward", name, tokenizer, loading, frozen=True), decoder).to(samples.device())
-    for at in range(0, len(pairs), args.micro_batch_size):
-        ids = []
-        for i, (prompt, text) in enumerate(pairs[at : at + args.micro_batch_size], at + 1):
-            if decoder:
-                row = {"prompt": prompt, "text": text}
-                question, response = rm.encode(tokenizer, row, "text", f"response {i}", loading)
-                ids.append(None if question is None else question + response)
-            else:
-                ids.append(rm.encode_pair(tokenizer, prompt, text, f"response {i}", loading))
-        whole = [x for x in ids if x is not None]
-        with torch.no_grad():
-            scores = (
-                model(*rm.collate_scored(whole, tokenizer.pad_token_id, samples.device())).tolist() if whole else []
-            )
-        found += [None if x is None else scores.pop(0) for x in ids]
-    return found
+def reward_scores(name: str, pairs: list[tuple], args) -> list[float]:
+    """A reward model's scores of (prompt, text) pairs."""
+    reward = sample.TextReward(name, calibration.settings_of(args), samples.device())
+    prompts, texts = zip(*pairs, strict=True)
+    return reward(prompts, texts, [True] * len(pairs), args.micro_batch_size)
 
 
 def matched(a: list[dict], b: list[dict]) -> list[tuple[dict, dict, dict]]:
@@ -173,7 +154,7 @@ def run(args: Args) -> dict:
 
 
 def main(argv=None):
-    return run(samples.parse(Args, argv, __doc__))
+    return run(sft.read_flags(Args, argv, __doc__))
 
 
 if __name__ == "__main__":

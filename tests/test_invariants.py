@@ -23,16 +23,23 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dpo
 import dvpo
 import gvm
 import ppo
 import reinforce
+import rest
 import rm
+import sample
 import sft
 import toy
+import vcb
 
-SCRIPTS = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo, "ppo": ppo, "reinforce": reinforce}
 ROLLOUT = ("dvpo", "ppo", "reinforce")
+OFFLINE = ("vcb", "dpo", "rest")  # learn from graded rows
+SCRIPTS = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo, "ppo": ppo, "reinforce": reinforce} | {
+    "vcb": vcb, "dpo": dpo, "rest": rest
+}  # fmt: skip
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
 EOS, WORDS = toy.tokenizer().eos_token_id, range(5, toy.config().vocab_size)
 CPU = torch.device("cpu")
@@ -114,6 +121,12 @@ DEFAULTS = {
         "data": "prompts.jsonl", "steps": 3, "rollout_batch_size": 6, "batch_size": 3, "learning_rate": 1e-3,
         "critic_learning_rate": 1e-3, "max_response_tokens": 10, "eos_penalty": 0.5,
     },
+    "vcb": {"data": "graded.jsonl", "steps": 4, "batch_size": 5, "learning_rate": 1e-3, "warmup_steps": 1},
+    "dpo": {"data": "graded.jsonl", "steps": 4, "batch_size": 5, "learning_rate": 1e-3, "warmup_steps": 1},
+    "rest": {
+        "data": "graded.jsonl", "steps": 4, "batch_size": 5, "learning_rate": 1e-3, "warmup_steps": 1,
+        "quantiles": (0.0, 0.5), "epochs": 1,
+    },
     "reinforce": {
         "data": "prompts.jsonl", "steps": 3, "rollout_batch_size": 6, "batch_size": 3, "learning_rate": 1e-3,
         "max_response_tokens": 10, "n": 3,
@@ -134,7 +147,8 @@ def run(home, script, name, **changes) -> Path:
     settings = DEFAULTS[script] | {"output_dir": str(home / name)} | changes
     settings["data"] = str(home / settings["data"])
     frozen = {"gvm": "gvm/final"} if script == "dvpo" else {"reward_model": "rm/final"}
-    for key, default in ({"policy": "base"} | frozen if script in ROLLOUT else {"model": "base"}).items():
+    starts = {"policy": "base"} if script in ROLLOUT + OFFLINE else {"model": "base"}
+    for key, default in (starts | (frozen if script in ROLLOUT else {})).items():
         settings[key] = str(home / settings.get(key, default))
     with (
         contextlib.redirect_stdout(io.StringIO()),
@@ -172,6 +186,8 @@ def same_metrics(one, two, tolerance=2e-5):
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for key in a:
+            if a["step"] == 1 and key in ("misaligned", "accuracy") and "forward_kl" in a:
+                continue  # at the reference itself: the signs of rounding errors
             if a[key] is not None and b[key] is not None:  # DeepSpeed without ZeRO tells no gradient norm
                 assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (a["step"], key)
 
@@ -352,12 +368,17 @@ RANKS = {  # name -> script, settings: what one process and two must do alike
     "dvpo_0": ("dvpo", {"micro_batch_size": 1, "kl_target": 0.1, "kl_horizon": 50.0}),
     "dvpo_1": ("dvpo", {"micro_batch_size": 2, "zero_stage": 1, "lora_r": 4, "share_backbone": True}),
     "dvpo_3": ("dvpo", {"micro_batch_size": 1, "zero_stage": 3, "advantage": "gae", "kl_in": "loss"}),
+    "vcb_0": ("vcb", {"micro_batch_size": 1}),
+    "vcb_3": ("vcb", {"micro_batch_size": 2, "zero_stage": 3}),
+    "dpo_3": ("dpo", {"micro_batch_size": 1, "zero_stage": 3, "loss": "rrhf"}),
+    "dpo_1": ("dpo", {"micro_batch_size": 2, "zero_stage": 1, "lora_r": 4, "gamma": 0.5}),
+    "rest_2": ("rest", {"micro_batch_size": 1, "zero_stage": 2}),
     "reinforce_3": ("reinforce", {"micro_batch_size": 1, "zero_stage": 3, "baseline": "remax", "n": 1}),
 }
 STAGES = {f"{script}_stage_{stage}": (script, {"policy": "brief", "micro_batch_size": 2, "zero_stage": stage, **settings})
           for script, settings in (("dvpo", {}), ("ppo", {"best_of": 2})) for stage in range(4)}  # fmt: skip
 
-RESUMED_RANKS = ("sft_1", "dvpo_1", "ppo_stage_2")
+RESUMED_RANKS = ("sft_1", "dvpo_1", "ppo_stage_2", "vcb_3")
 
 
 def ranks_main(home: Path):
@@ -365,14 +386,24 @@ def ranks_main(home: Path):
     gather = dvpo.gather_lists
     for name, (script, settings) in (RANKS | STAGES).items():
         sampled = []
-        for module in (dvpo, ppo, reinforce):
+        for module in (dvpo, ppo, reinforce, vcb, dpo):
             module.gather_lists = lambda x, world, sampled=sampled: sampled.append(gather(x, world)) or sampled[-1]
         folder = run(home, script, f"ranks/{name}", **settings)
         (folder / f"sampled_{os.environ['RANK']}.json").write_text(json.dumps(sampled))
+    sample_prompts(home, home / "ranks" / "sample")
     for name in RESUMED_RANKS:
         script, settings = (RANKS | STAGES)[name]
         interrupted(home, script, f"ranks/{name}_resumed", 3, **settings)
         run(home, script, f"ranks/{name}_resumed", save_every=2, resume=True, **settings)
+
+
+def sample_prompts(home: Path, folder: Path) -> bytes:
+    """sample.py's file: ten prompts, in batches of two."""
+    settings = {"policy": str(home / "brief"), "reward_model": str(home / "rm" / "final"), "n": 3, "batch_size": 6}
+    data = str(home / "prompts.jsonl")
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch("torch.cuda.is_available", return_value=False):
+        path = sample.train(sample.Args(**settings, data=data, output_dir=str(folder), max_response_tokens=10))
+    return path.read_bytes()
 
 
 def interrupted(home, script, name, at, **settings):
@@ -412,9 +443,8 @@ def two_ranks(home):
 @pytest.mark.parametrize("name", RANKS)
 def test_two_ranks_do_what_one_does(home, tmp_path, monkeypatch, two_ranks, name):
     script, settings = RANKS[name]
-    sampled = spy(
-        monkeypatch, SCRIPTS[script if script in ROLLOUT else "dvpo"], "gather_lists", lambda lists, *_: lists
-    )
+    gathers = script if script in (*ROLLOUT, "vcb", "dpo") else "dvpo"
+    sampled = spy(monkeypatch, SCRIPTS[gathers], "gather_lists", lambda lists, *_: lists)
     one, two = (
         run(home, script, tmp_path / "out", **settings | {"zero_stage": 0, "micro_batch_size": 4}),
         two_ranks / name,
@@ -425,6 +455,11 @@ def test_two_ranks_do_what_one_does(home, tmp_path, monkeypatch, two_ranks, name
     for rank in range(2):
         found = json.loads((two / f"sampled_{rank}.json").read_text())
         assert found == sampled if script == "dvpo" else len(found) == len(sampled)  # others gather rewards too
+
+
+def test_two_ranks_write_the_samples_of_one(home, tmp_path, two_ranks):
+    found = sample_prompts(home, tmp_path / "out")
+    assert (two_ranks / "sample" / "graded.jsonl").read_bytes() == found and found.count(b"\n") == 10
 
 
 @pytest.mark.parametrize("script", ["dvpo", "ppo"])
@@ -625,6 +660,9 @@ RESUMED = {
     "dvpo": {"lora_r": 4, "lora_dropout": 0.3, "share_backbone": True, "kl_target": 0.1, "kl_horizon": 50.0},
     "ppo": {"best_of": 2, "kl_target": 0.1, "kl_horizon": 50.0},
     "reinforce": {"baseline": "grpo", "lora_r": 4},
+    "vcb": {"pairs": "full"},
+    "dpo": {"loss": "slic", "lora_r": 4, "lora_dropout": 0.3},
+    "rest": {"epochs": 4},
 }
 
 

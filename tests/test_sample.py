@@ -239,18 +239,6 @@ def test_killed_and_resumed(home, tmp_path):
     assert other.returncode == 2 and "--seed was 0" in other.stderr
 
 
-def test_ranks_share_the_prompts(home, tmp_path):
-    """Two ranks' parts are one rank's file."""
-    whole, folder = run(home, tmp_path / "a"), tmp_path / "b"
-    (folder / "parts").mkdir(parents=True)
-    lines = (tmp_path / "a/parts/rank_0.jsonl").read_text().splitlines(keepends=True)
-    batches = [lines[i : i + 2] for i in range(0, 7, 2)]
-    for rank in (0, 1):
-        (folder / f"parts/rank_{rank}.jsonl").write_text("".join(x for b in batches[rank::2] for x in b))
-    (folder / "args.json").write_text((tmp_path / "a/args.json").read_text().replace("/a", "/b"))
-    assert run(home, folder, resume=True).read_bytes() == whole.read_bytes()
-
-
 # --------------------------------------------------------------------------------------------------------------- engines
 def test_generate_batch_greedy_is_generate(home, tmp_path):
     texts = lambda path: [[r["text"] for r in row["responses"]] for row in rows(path)]
@@ -297,7 +285,6 @@ def test_vllm_is_asked_for_the_same(home, tmp_path, monkeypatch):
     ({"temperature": 0.0}, "--temperature above 0"),
     ({"n": 0}, "1 or more"),
     ({"top_p": 0.0}, "--top_p above 0"),
-    ({"reward_model": "gold"}, "toy world only"),
     ({"reward_model": "two"}, "not a reward model with one score"),
     ({"reward_model": "policy"}, "not a reward model with one score"),
     ({"reward_model": "runs/rm/final"}, "python rm.py"),
@@ -320,6 +307,24 @@ def test_a_long_prompt_for_the_reward_model_is_told(home, tmp_path, capsys):
     with pytest.raises(SystemExit):
         rewards(["soup " * 600], ["it is ."], [True])
     assert "tokens for the reward model" in capsys.readouterr().err
+
+
+def test_gold_of_another_prompt_is_told(home, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "who is it ?"}\n')
+    with pytest.raises(SystemExit):
+        run(home, tmp_path / "o", data=str(tmp_path / "p.jsonl"), reward_model="gold")
+    assert "toy world only, and this is not a prompt of the toy world: 'who is it ?'" in capsys.readouterr().err
+
+
+def test_parts_of_more_ranks_than_now_are_gone(home, tmp_path):
+    """A run of eleven ranks goes on with one: no row of theirs can come back later."""
+    whole, folder = run(home, tmp_path / "a"), tmp_path / "b"
+    (folder / "parts").mkdir(parents=True)
+    lines = (tmp_path / "a/parts/rank_0.jsonl").read_text().splitlines(keepends=True)
+    (folder / "parts/rank_10.jsonl").write_text("".join(lines[:2]))
+    (folder / "args.json").write_text((tmp_path / "a/args.json").read_text().replace("/a", "/b"))
+    assert run(home, folder, resume=True).read_bytes() == whole.read_bytes()
+    assert [path.name for path in (folder / "parts").iterdir()] == ["rank_0.jsonl"]
 
 
 def test_sft_reads_what_it_writes(home, tmp_path):

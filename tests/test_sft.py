@@ -16,7 +16,7 @@ import sft
 import toy
 
 ASK = "how is the soup ?"
-ARGS = SimpleNamespace(max_prompt_tokens=64, max_response_tokens=8, drop_long_prompts=False)
+ARGS = SimpleNamespace(max_prompt_tokens=64, max_response_tokens=8)
 
 
 def message(role, content):

@@ -1,0 +1,46 @@
+"""The LM head of a Hugging Face model, read through `linear_logprob`: what a family does to its logits is done here.
+
+Soft cap (Gemma), logit scale (Cohere multiplies, Granite divides) and bias stand in the text part of a model's config;
+whatever else a head may do shows in `logit_gap`, which compares with the model's own logits.
+"""
+
+import torch
+
+from kernels.logprob import linear_logprob, linear_nll
+
+
+def patch_head(model):
+    """Lets the model's LM head answer with log-probs; without a target it is what it was.
+
+    head(hidden (N, D), target (N,), temperature) → (N,) fp32 log-probs of logits / temperature, from fp32 logits: bf16
+    ones cost 0.02 nat a token, and sums and ratios feel it. head(hidden, target, token_weight=w) → -w Σ logp, a scalar.
+    All inside the head's own forward: there ZeRO-3 has gathered its weight."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    stock, softcap = head.forward, getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logits_scaling", 1.0) / getattr(config, "logit_scale", 1.0)
+
+    def forward(hidden, target=None, temperature: float = 1.0, token_weight: float | None = None):
+        if target is None:
+            return stock(hidden)
+        options = {"bias": head.bias, "temperature": temperature * scale, "softcap": softcap}
+        if token_weight is None:
+            return linear_logprob(hidden, head.weight, target, logits_dtype=torch.float32, **options)
+        weight = torch.full(target.shape, token_weight, dtype=torch.float32, device=target.device)
+        return linear_nll(hidden, head.weight, target, weight, **options)
+
+    head.forward = forward
+
+
+@torch.no_grad()
+def logit_gap(model) -> float:
+    """Mean distance, in nats, of the patched head's log-probs from log_softmax of the model's own logits, on one row.
+
+    Below 1e-3 in fp32 where the head is understood; in bf16 the model's own logits are rounded (up to 0.1)."""
+    training, device = model.training, next(model.parameters()).device
+    ids = torch.arange(1, 17, device=device)[None]
+    model.eval()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+    ours = model.get_output_embeddings()(hidden, ids[0, 1:])
+    own = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    model.train(training)
+    return float((ours - own).abs().mean())
