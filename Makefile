@@ -6,8 +6,11 @@ RUN = --seed $(SEED) --output_dir $(DEMO)
 SFT = $(DEMO)/sft/final
 SAMPLED = --policy $(SFT) --data $(DEMO)/sample/graded.jsonl
 
-demo: .venv/done  ## sft -> gvm -> dvpo, and sft -> rm -> samples -> vcb -> report, on a laptop
-	rm -rf $(DEMO)
+demo:  ## sft -> gvm -> dvpo, and sft -> rm -> samples -> vcb -> report, on a laptop; an earlier demo is moved aside
+	if [ -e $(DEMO) ]; then mv $(DEMO) $(DEMO).$$(date +%Y%m%d-%H%M%S); fi
+	$(MAKE) $(DEMO)/report.html
+
+$(DEMO)/report.html: .venv/done
 	$(PY) sft.py $(RUN)/sft
 	$(PY) gvm.py $(RUN)/gvm --model $(SFT)
 	$(PY) dvpo.py $(RUN)/dvpo --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20
@@ -17,7 +20,7 @@ demo: .venv/done  ## sft -> gvm -> dvpo, and sft -> rm -> samples -> vcb -> repo
 	$(PY) eval/demo.py $(DEMO)
 	$(PY) eval/report.py $(DEMO)
 
-demo-all: demo  ## and the other advantages of DVPO, a GVM without tau, and every baseline
+demo-all: $(DEMO)/report.html  ## of the demo that is there, or a new one: and the other advantages of DVPO, a GVM without tau, and every baseline
 	$(PY) dvpo.py $(RUN)/dvpo_q --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20 --advantage q
 	$(PY) dvpo.py $(RUN)/dvpo_q_minus_v --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20 --advantage q_minus_v
 	$(PY) gvm.py $(RUN)/gvm_no_tau --model $(SFT) --tau_pairs 0
@@ -35,6 +38,9 @@ demo-all: demo  ## and the other advantages of DVPO, a GVM without tau, and ever
 test: .venv/done
 	$(PY) -m pytest
 
+test-all: .venv/done  ## and every family, precision and ZeRO stage through every script
+	$(PY) -m pytest -m "slow or not slow"
+
 lint: .venv/done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -49,4 +55,4 @@ bench: .venv/done
 	.venv/bin/pip install -q -r requirements.txt
 	touch $@
 
-.PHONY: demo demo-all test lint bench
+.PHONY: demo demo-all test test-all lint bench

@@ -28,7 +28,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -51,7 +50,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kernels import normalize_values
+from kernels import head_name, model_class, normalize_values, read_head
 
 
 @dataclass
@@ -310,20 +309,6 @@ def collate_values(
     )
 
 
-def head_name(model) -> str:
-    """What the architecture calls its linear head: `score` (Llama, Mistral, Qwen) or `classifier` (GPT-NeoX, GPT-2)."""
-    return "score" if hasattr(model, "score") else "classifier"
-
-
-def read_head(model, input_ids, position):
-    """The one-label head's output, fp32, at flat positions of input_ids (B, L); in the precision that its weights have."""
-    model = plain(model)
-    hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
-    hidden, head = hidden.flatten(0, 1).index_select(0, position), getattr(model, head_name(model))
-    with torch.autocast(hidden.device.type, enabled=False):
-        return head(hidden.to(head.weight.dtype)).float().squeeze(-1)
-
-
 class ValueModel(torch.nn.Module):
     """A token-classification model that returns values at the asked positions only: (R, T+1) fp32, 0 where masked."""
 
@@ -332,7 +317,10 @@ class ValueModel(torch.nn.Module):
         self.model = model
 
     def forward(self, batch: ValueBatch):
-        return read_head(self.model, batch.input_ids, batch.position.flatten()).view(batch.position.shape) * batch.mask
+        return (
+            read_head(plain(self.model), batch.input_ids, batch.position.flatten()).view(batch.position.shape)
+            * batch.mask
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -419,7 +407,7 @@ def train(args: Args) -> Path:
             plan += [(epoch, at) for at in range(0, count, args.batch_size)]
     plan = plan[: args.steps or None]
     engine = Engine(value_model, args, world)
-    run = Run(args, engine, rank, len(plan), started)
+    run = Run(args, engine, model, tokenizer, rank, len(plan), started)
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     value_model.train()
@@ -462,7 +450,7 @@ def train(args: Args) -> Path:
             {"loss": all_sum(loss_sum), "learning_rate": engine.rate, "grad_norm": grad_norm, "positions": positions}
         )
     accuracy = evaluate(engine, tokenizer, answers, held_out, args, rank, world, device)
-    return run.finish(model, tokenizer, **accuracy)
+    return run.finish(**accuracy)
 
 
 def evaluate(engine, tokenizer, answers, held_out: set, args, rank: int, world: int, device) -> dict:
@@ -492,32 +480,28 @@ def main(argv=None):
 # ====================================================================================================================
 
 
-# Copied from sft.read_flags
-def read_flags(kinds, argv, doc: str, **options):
-    """Flags as a dataclass, or one of a union of them: subcommands. Of several ranks the first one tells a mistake."""
-    import tyro
-
-    tell = os.environ.get("RANK", "0") == "0"
-    return tyro.cli(kinds, args=argv, description=doc, use_underscores=True, console_outputs=tell, **options)
-
-
 # Copied from sft.parse_args
 def parse_args(args_class, presets, paper, argv=None, doc=""):
     """`[PRESET] [--flag value ...]`. A flag that is not given has the toy world's value for a model of toy.py's, and
     `paper`'s, or the preset's, for any other."""
+    import tyro
+
     import toy
 
     argv = list(sys.argv[1:] if argv is None else argv)
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if preset and preset not in presets:
         stop(f"unknown preset {preset!r}: choose from {', '.join(presets)}, or give flags only")
-    read = lambda values: read_flags(args_class, argv, doc, default=args_class(**values))
-    doc += f"\n\nPresets (first argument): {', '.join(presets)}"
-    args = read(paper | presets[preset] if preset else {})
+    tell, doc = os.environ.get("RANK", "0") == "0", f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
+    read = functools.partial(
+        tyro.cli, args_class, args=argv, description=doc, use_underscores=True, console_outputs=tell
+    )
+    args = read(default=args_class(**(paper | presets[preset] if preset else {})))
     start = getattr(args, "model", None) or args.policy
     if preset and toy.is_model(start):
         stop(f"preset {preset} is for real models, and {start} is of the toy world: name yours, or give no preset")
-    args = args if preset or toy.is_model(start) else read(paper)
+    if not preset and not toy.is_model(start):
+        args = read(default=args_class(**paper))
     args.settings = f"of preset {preset}" if preset else "of the toy world" if toy.is_model(start) else "the paper's"
     for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
         if getattr(args, name, 1) < 1:
@@ -531,8 +515,7 @@ _store = []  # torchrun's key-value store, by which ranks learn of each other's 
 
 # Copied from sft.stop
 def stop(message: str):
-    """A user's mistake: one line that says what to do, exit code 2. Told once on each host, by the rank that meets it
-    first; under torchrun at the end of its report."""
+    """A user's mistake: one line that says what to do, exit code 2. Told once a host, under torchrun in its report."""
     file, first = os.environ.get("TORCHELASTIC_ERROR_FILE"), True
     for store in _store:
         store.compare_set("stopped", "", message)
@@ -546,46 +529,45 @@ def stop(message: str):
     raise SystemExit(2)
 
 
-# Copied from sft.watch
-def watch():
-    """Ends this rank within seconds of any other's end, on whatever host."""
-    while True:
-        time.sleep(1)
-        try:
-            message = _store[0].get("stopped").decode() if _store[0].check(["stopped"]) else ""
-        except Exception:  # the host that keeps the store has gone; or this run is over, and its process about to end
-            time.sleep(15)
-            message = "the first host has ended: see what it says"
-        if message:
-            with contextlib.suppress(SystemExit):
-                stop(message)
-            os._exit(2)
-
-
 # Copied from sft.init_distributed
 def init_distributed(args):
-    """(rank, world size, device). Several processes come from torchrun; one process with ZeRO stage 0 needs none of it."""
+    """(rank, world size, device). Several processes come from torchrun; one process with ZeRO stage 0 needs none of it.
+    The end of any rank, on whatever host, ends all within seconds."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
     rank, local, world = (int(os.environ.get(x, alone[x])) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else DeepSpeed warns that it had to look
-    if by_deepspeed(args) and not dist.is_initialized():
-        os.environ.update(alone | os.environ)
-        import deepspeed
+    if not by_deepspeed(args) or dist.is_initialized():
+        return rank, world, device
+    os.environ.update(alone | os.environ)
+    import deepspeed
 
-        backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(minutes=30)
-        deepspeed.init_distributed(backend, timeout=limit, verbose=False)
-        if world > 1:
+    backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(minutes=30)
+    deepspeed.init_distributed(backend, timeout=limit, verbose=False)
 
-            def failed(kind, error, trace):
-                sys.__excepthook__(kind, error, trace)
-                stop(f"rank {rank} failed: {kind.__name__}: {error}")
+    def watch():
+        message = ""
+        while not message:
+            time.sleep(1)
+            try:
+                message = _store[0].get("stopped").decode() if _store[0].check(["stopped"]) else ""
+            except Exception:  # the host that keeps the store has gone; or this run is over and about to end
+                time.sleep(15)
+                message = "the first host has ended: see what it says"
+        with contextlib.suppress(SystemExit):
+            stop(message)
+        os._exit(2)
 
-            _store.append(dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False))
-            threading.Thread(target=watch, daemon=True).start()
-            sys.excepthook = failed
+    def failed(kind, error, trace):
+        sys.__excepthook__(kind, error, trace)
+        stop(f"rank {rank} failed: {kind.__name__}: {error}")
+
+    if world > 1:
+        _store.append(dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False))
+        threading.Thread(target=watch, daemon=True).start()
+        sys.excepthook = failed
     return rank, world, device
 
 
@@ -593,12 +575,6 @@ def init_distributed(args):
 def by_deepspeed(args) -> bool:
     """Several ranks, or a ZeRO stage: DeepSpeed's engine, which under --bf16 keeps fp32 master weights of its own."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 or getattr(args, "zero_stage", 0) > 0
-
-
-# Copied from sft.barrier
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 # Copied from sft.all_sum
@@ -611,7 +587,7 @@ def all_sum(x):
 
 # Copied from sft.gather_lists
 def gather_lists(lists: list, world: int) -> list:
-    """The ranks' lists, joined in order of rank."""
+    """The ranks' lists, joined in order of rank; no rank goes on before all have come."""
     if world == 1:
         return lists
     parts = [None] * world
@@ -674,10 +650,10 @@ def read_data(name: str, split: str, kind: str, seed: int = 0):
         numbers = [i for i, of in enumerate(raw["split"]) if of in (None, part[1])]
     if part[3] or part[5]:  # shares of data that may be sorted by source: the same shuffle in every script
         numbers = [numbers[i] for i in shuffled(len(numbers), 0, "split")]
-    at = lambda value, percent, default: (
-        int(value or default) * len(numbers) // 100 if percent else int(value or default)
-    )
-    numbers = numbers[at(part[2], part[3], 0) : at(part[4], part[5], len(numbers))]
+    unit = {"%": len(numbers) / 100, "": 1}
+    numbers = numbers[
+        int(int(part[2] or 0) * unit[part[3] or ""]) : int(int(part[4]) * unit[part[5]]) if part[4] else None
+    ]
     return raw.select(numbers), numbers
 
 
@@ -718,7 +694,7 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
         if local == 0:
             table.save_to_disk(folder)
         table = datasets.load_from_disk(gather_lists([folder], world)[rank - local])
-        barrier()
+        gather_lists([], world)
         shutil.rmtree(folder, ignore_errors=True)  # what is mapped outlives its name
     return table.with_transform(lambda rows: {"example": [json.loads(x) for x in rows["example"]]})["example"]
 
@@ -728,14 +704,13 @@ def canonical(row: dict) -> dict:
     """One row in this project's names: prompt, completion, chosen, rejected, responses [{text, score, policy}]; `answer`
     tells what the completion is. ValueError names the field that is wrong. docs/data.md shows how each dataset is read."""
     row = {field: value for field, value in row.items() if value is not None}  # tables fill with nulls
+    roles = {"Human": "user", "Assistant": "assistant"}
     turn = re.compile(r"\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.S)
     for field in ("prompt", "rejected", "chosen"):  # HH: transcripts
         if str(row.get(field)).startswith("\n\nHuman:"):
-            turns = [
-                ("user" if who == "Human" else "assistant", text.strip()) for who, text in turn.findall(row[field])
-            ]
+            turns = [(roles[who], text.strip()) for who, text in turn.findall(row[field])]
             turns = turns[:-1] if field == "prompt" and turns[-1] == ("assistant", "") else turns
-            row[field] = [{"role": who, "content": text} for who, text in turns]
+            row[field] = [{"role": role, "content": text} for role, text in turns]
     for field in ("completion", "rejected", "chosen", "messages"):
         value = row.get(field)
         if isinstance(value, list):
@@ -799,10 +774,8 @@ def control_tokens(tokenizer) -> tuple[int, dict[str, int]]:
     """The token that ends an answer, which is what the chat template writes behind one (`<|im_end|>`, say) or else EOS; and
     all tokens that text must not hold."""
     text = tokenizer.apply_chat_template(EARLIER, tokenize=False) if tokenizer.chat_template else ""
-    behind, added = (
-        tokenizer(text.rpartition(MARK)[2], add_special_tokens=False)["input_ids"],
-        tokenizer.added_tokens_decoder,
-    )
+    behind = tokenizer(text.rpartition(MARK)[2], add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
     end = next((i for i in behind if i in added), tokenizer.eos_token_id)
     return end, {token.content: i for i, token in added.items() if token.special or i == end}
 
@@ -811,9 +784,11 @@ def control_tokens(tokenizer) -> tuple[int, dict[str, int]]:
 def text_ids(tokenizer, text: str) -> list[int]:
     """Ids of a user's or a model's text. A control token that is spelled in it stays text; ValueError where the tokenizer
     cannot tell the two apart."""
-    spelled = {i for token, i in control_tokens(tokenizer)[1].items() if token in text}
+    end, control = control_tokens(tokenizer)
+    spelled = {i for token, i in control.items() if token in text}
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=bool(spelled))["input_ids"]
-    if not (spelled - {tokenizer.unk_token_id, tokenizer.pad_token_id}).isdisjoint(ids):
+    harmless = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {end, tokenizer.eos_token_id}
+    if not (spelled - harmless).isdisjoint(ids):
         raise ValueError("a control token is spelled in the text, and this tokenizer cannot tell it from a real one")
     return ids
 
@@ -841,9 +816,8 @@ def chat_ids(tokenizer, chat: list, later: bool = False) -> list[int]:
     if not any(token in text for text in texts for token in control[1]):
         return ids(rendered(before + chat))[later:]
     names = [f"MESSAGE{i}MARKER" for i in range(len(chat))]
-    first, *rest = re.split(
-        "|".join(names), rendered(before + [m | {"content": x} for m, x in zip(chat, names, strict=True)])
-    )
+    named = [m | {"content": name} for m, name in zip(chat, names, strict=True)]
+    first, *rest = re.split("|".join(names), rendered(before + named))
     if len(rest) != len(texts):
         raise ValueError("a control token is spelled in field prompt, and the chat template takes messages apart")
     return sum([text_ids(tokenizer, text) + ids(after) for text, after in zip(texts, rest)], ids(first))[later:]
@@ -901,23 +875,20 @@ def missing(name: str, command: str = ""):
 
 # Copied from sft.load_tokenizer
 def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
-    import transformers
+    from transformers import AutoTokenizer
 
-    if name == "toy":
-        import toy
+    import toy
 
-        return toy.tokenizer()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        load = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=args.trust_remote_code)
+        tokenizer = toy.tokenizer() if name == "toy" else load(name)
+        if chat_template:
+            tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
     except (OSError, ValueError) as error:
-        stop(f"cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}")
-    if chat_template not in ("", "plain") and not Path(chat_template).is_file():
-        stop(f"--chat_template {chat_template} does not exist: give a Jinja file, or `plain`")
-    if chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
+        stop(f"cannot load a tokenizer from {name!r} {chat_template}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
         stop(
-            f"{name} has no chat template: train it with `python sft.py --model {name} --chat_template plain` (or a Jinja file)"
+            f"{name} has no chat template: train it with `python sft.py --model {name} --chat_template plain` (or a file)"
         )
     if chat and tokenizer.eos_token_id is None:
         stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
@@ -934,12 +905,8 @@ def zero_3(args):
     if getattr(args, "zero_stage", 0) == 3:
         from transformers.integrations import HfDeepSpeedConfig
 
-        config = {
-            "zero_optimization": {"stage": 3},
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": args.bf16},
-        }
-        parts = HfDeepSpeedConfig(config)  # in force as long as it lives
+        stage = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": args.bf16}}
+        parts = HfDeepSpeedConfig(stage | {"train_micro_batch_size_per_gpu": 1})  # in force as long as it lives
     yield
     del parts
 
@@ -954,29 +921,10 @@ def whole(module, args, writer: int | None = None):
     return deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=writer)
 
 
-# Copied from sft.model_class
-def model_class(kind: str, config):
-    """The class of a `causal`, `value` (token classification) or `reward` (sequence classification) model: stock, or where
-    transformers has none for a family, its generic head on the family's backbone."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    task = {"causal": "CausalLM", "value": "TokenClassification", "reward": "SequenceClassification"}[kind]
-    auto = getattr(transformers, f"AutoModelFor{task}")
-    if kind == "causal" or type(config) in auto._model_mapping or getattr(config, "auto_map", None):
-        return auto
-    base = next(c for c in MODEL_MAPPING[type(config)].__mro__[1:] if issubclass(c, transformers.PreTrainedModel))
-    head, name = (
-        getattr(transformers.modeling_layers, f"GenericFor{task}"),
-        type(config).__name__.removesuffix("Config"),
-    )
-    return type(f"{name}For{task}", (head, base), {"config_class": type(config), "base_model_prefix": "model"})
-
-
 # Copied from sft.load_model
 def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
-    """A `model_class` model without dropout. Trained weights are fp32 (bf16 products by autocast), but bf16 where DeepSpeed
-    keeps fp32 ones under --bf16; frozen weights, and the base of LoRA, are bf16 under --bf16."""
+    """A `causal`, `value` or `reward` model of `kernels.model_class`, without dropout. Trained weights are fp32 (bf16 products
+    by autocast), but bf16 where DeepSpeed keeps fp32 ones; frozen weights, and the base of LoRA, are bf16 under --bf16."""
     import transformers
 
     import toy
@@ -984,32 +932,26 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     half = args.bf16 and (frozen or args.lora_r or by_deepspeed(args))
-    options = {"dtype": torch.bfloat16 if half else torch.float32, "trust_remote_code": args.trust_remote_code}
+    trust, labels = {"trust_remote_code": args.trust_remote_code}, {} if kind == "causal" else {"num_labels": 1}
+    options = {"dtype": torch.bfloat16 if half else torch.float32} | trust
     if args.attention != "auto" and not (kind == "reward" and frozen):  # a reward model of another family has its own
         options["attn_implementation"] = args.attention
-    labels = {} if kind == "causal" else {"num_labels": 1}
     try:
-        load = functools.partial(
-            transformers.AutoConfig.from_pretrained, name, trust_remote_code=args.trust_remote_code
-        )
-        config = toy.config(**labels) if name == "toy" else load(**labels)
+        load = transformers.AutoConfig.from_pretrained
+        config = toy.config(**labels) if name == "toy" else load(name, **trust, **labels)
         for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
             setattr(config, key, 0.0)
         auto = model_class(kind, config)
         with zero_3(args):
-            if name == "toy":
-                model = auto.from_config(config, **options)
-            else:
-                model = auto.from_pretrained(name, config=config, **options)
+            load = auto.from_config if name == "toy" else functools.partial(auto.from_pretrained, name)
+            model = load(config=config, **options)
     except (OSError, ValueError, ImportError) as error:
         stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
     model.config.pad_token_id = tokenizer.pad_token_id
     if kind == "causal":  # a hub model's sampling defaults (top-k, penalties, ...) would bias rollouts
         ends = model.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, control_tokens(tokenizer)[0], *(ends if isinstance(ends, list) else [ends])} - {
-            None
-        }
-        settings = {"eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id}
+        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, control_tokens(tokenizer)[0]}
+        settings = {"eos_token_id": sorted(ends - {None}), "pad_token_id": tokenizer.pad_token_id}
         model.generation_config = transformers.GenerationConfig(**settings)
     if not frozen and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1123,47 +1065,44 @@ class Engine:
         self.optimizer.load_state_dict(saved["optimizer"])
 
 
-# Copied from sft.open_folder
-def open_folder(args, rank: int, world: int) -> Path:
-    """The run's folder, the same one for all hosts; an earlier run in it is moved aside, unless --resume goes on."""
-    folder, token = Path(args.output_dir), uuid.uuid4().hex
-    if rank == 0:
-        if not args.resume and folder.is_dir() and any(folder.iterdir()):
-            aside = next(p for p in (Path(f"{folder}.{i}") for i in range(1, 10**6)) if not p.exists())
-            folder.rename(aside)
-            print(f"{folder} held an earlier run: moved to {aside}")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-        (folder / "token").write_text(token)
-    token, seen = gather_lists([token], world)[0], folder / "token"
-    if not any((seen.is_file() and seen.read_text() == token) or time.sleep(1) for _ in range(5)):
-        stop(f"--output_dir {folder} is not one folder for all hosts: name one on a file system that they share")
-    barrier()
-    if rank == 0:
-        seen.unlink()
-    return folder
-
-
 # Copied from sft.Run
 class Run:
-    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, final/, summary.json."""
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
 
-    def __init__(self, args, engine: Engine, rank: int, total: int, started: float, bar=("loss",)):
-        self.args, self.engine, self.rank, self.started, self.bar_keys = args, engine, rank, started, bar
-        self.world, self.step, self.pending, self.state, self.board = engine.world, 0, [], {}, None
-        self.folder, name = open_folder(args, rank, self.world), Path(sys.argv[0]).stem
-        size = lambda ps: f"{sum(getattr(p, 'ds_numel', p.numel()) for p in ps) / 1e6:.4g} M"
+    def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
+        self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
+        self.started, self.bar_keys, self.world, self.step, self.pending, self.state = (
+            started,
+            bar,
+            engine.world,
+            0,
+            [],
+            {},
+        )
+        self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         if rank == 0:
-            width = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
-            print(f"{name}: {getattr(args, 'model', None) or args.policy}, {size(engine.module.parameters())} parameters, "
-                  f"{size(p for p in engine.module.parameters() if p.requires_grad)} trained, learning rate "
-                  f"{args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * width} tokens "
-                  f"a step; settings that no flag gives are {getattr(args, 'settings', 'the caller' + chr(39) + 's')}")  # fmt: skip
-            if importlib.util.find_spec("tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(self.folder)
+            if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
+                aside = next(p for p in (Path(f"{self.folder}.{i}") for i in range(1, 10**6)) if not p.exists())
+                self.folder.rename(aside)
+                print(f"{self.folder} held an earlier run: moved to {aside}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+            (self.folder / "token").write_text(token)
+        token, seen = gather_lists([token], self.world)[0], self.folder / "token"
+        if not any((seen.is_file() and seen.read_text() == token) or time.sleep(1) for _ in range(5)):
+            stop(
+                f"--output_dir {self.folder} is not one folder for all hosts: name one on a file system that they share"
+            )
+        gather_lists([], self.world)
+        name, of = Path(sys.argv[0]).stem, getattr(args, "model", None) or args.policy
         pause = 0.2 if sys.stderr.isatty() else 30  # seconds between drawings: a log file wants few
+        if rank == 0:
+            seen.unlink()
+            sizes = [(getattr(p, "ds_numel", p.numel()) / 1e6, p.requires_grad) for p in engine.module.parameters()]
+            tokens = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
+            print(f"{name}: {of}, {sum(n for n, _ in sizes):.4g} M parameters, {sum(n for n, on in sizes if on):.4g} M trained, "
+                  f"learning rate {args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * tokens} "
+                  f"tokens a step; settings that no flag gives are {getattr(args, 'settings', 'the caller')}")  # fmt: skip
         self.bar = tqdm(total=total, desc=name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
@@ -1192,6 +1131,8 @@ class Run:
             self.flush()
         if save:
             self.checkpoint()
+        if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
+            self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
 
     def flush(self):
         rows = [{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in self.pending]
@@ -1200,9 +1141,6 @@ class Run:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        for key, value, step in [(*pair, row["step"]) for row in rows for pair in row.items()] if self.board else ():
-            if value is not None:  # DeepSpeed without ZeRO tells no gradient norm
-                self.board.add_scalar(key, value, step)
         self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys}, refresh=False)
 
     def checkpoint(self):
@@ -1215,17 +1153,17 @@ class Run:
         if torch.cuda.is_available():
             generators["cuda"] = torch.cuda.get_rng_state()
         torch.save({"step": self.step, "state": self.state, **generators}, part / f"rank_{self.rank}.pt")
-        barrier()
+        gather_lists([], self.world)
         if self.rank == 0:
             part.rename(final)
             for old in final.parent.iterdir():
                 if old != final:
                     shutil.rmtree(old)
-        barrier()
+        gather_lists([], self.world)
 
-    def write(self, model, tokenizer, folder: Path, merge: bool = False):
+    def write(self, folder: Path, merge: bool = False):
         """A Hugging Face folder, renamed when whole; of a LoRA run the adapter, or with `merge` model and adapter."""
-        part = folder.with_name(folder.name + ".part")
+        part, model = folder.with_name(folder.name + ".part"), self.model
         with whole(model, self.args):
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
@@ -1233,20 +1171,14 @@ class Run:
                     model.save_pretrained(part / "adapter")
                     model = model.merge_and_unload()
                 model.save_pretrained(part)
-                tokenizer.save_pretrained(part)
+                self.tokenizer.save_pretrained(part)
                 shutil.rmtree(folder, ignore_errors=True)
                 part.rename(folder)
 
-    def snapshot(self, model, tokenizer):
-        """Every --snapshot_every steps the model as it is, for curves over training: snapshots/step_N/."""
-        if self.args.snapshot_every and self.step % self.args.snapshot_every == 0:
-            self.write(model, tokenizer, self.folder / "snapshots" / f"step_{self.step:07d}")
-
-    def finish(self, model, tokenizer, **summary) -> Path:
+    def finish(self, **summary) -> Path:
         """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter)."""
         self.flush()
-        final = self.folder / "final"
-        self.write(model, tokenizer, final, merge=True)
+        self.write(self.folder / "final", merge=True)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory
         seconds = round(time.time() - self.started, 1)
@@ -1255,9 +1187,9 @@ class Run:
         if self.rank == 0:
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
             shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
-            print(f"{final}: " + ", ".join(shown))
-        barrier()
-        return final
+            print(f"{self.folder / 'final'}: " + ", ".join(shown))
+        gather_lists([], self.world)
+        return self.folder / "final"
 
 
 if __name__ == "__main__":

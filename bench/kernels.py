@@ -40,10 +40,7 @@ from kernels import linear_logprob, linear_nll
 from kernels.logprob import workspace_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {
-    "cpu": [(2048, 512, 32000)],
-    "cuda": [(8192, 4096, 128256), (8192, 2048, 128256), (4096, 576, 49152)],
-}
+SHAPES = {"cpu": [(2048, 512, 32000)], "cuda": [(8192, 4096, 128256), (8192, 2048, 128256), (4096, 576, 49152)]}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 

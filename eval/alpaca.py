@@ -74,7 +74,7 @@ def command(args: Args) -> list[str]:
 
 
 def main(argv=None):
-    args = sft.read_flags(Args, argv, __doc__)
+    args = eval_samples.read_flags(Args, argv, __doc__)
     rows = outputs(eval_samples.samples(args.samples, args, args.policy), args.name)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -201,7 +202,7 @@ def load_prompts(args, tokenizer):
 
 
 def main(argv=None):
-    args = sft.read_flags(Args, argv, __doc__)
+    args = tyro.cli(Args, args=argv, description=__doc__, use_underscores=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in (args.policy, args.reference):
         sft.missing(name)

@@ -249,7 +249,7 @@ def run_tally(args: Tally) -> dict:
 
 
 def main(argv=None):
-    args = sft.read_flags(Sheet | Tally, argv, __doc__)
+    args = samples.read_flags(Sheet | Tally, argv, __doc__)
     return write_sheet(args) if isinstance(args, Sheet) else run_tally(args)
 
 

@@ -774,7 +774,7 @@ def arena(args: Arena) -> dict:
 
 def main(argv=None):
     commands = {Answers: answers, Score: score, MtBench: mt_bench, Arena: arena}
-    args = sft.read_flags(Answers | Score | MtBench | Arena, argv, __doc__)
+    args = samples.read_flags(Answers | Score | MtBench | Arena, argv, __doc__)
     return commands[type(args)](args)
 
 

@@ -65,6 +65,13 @@ def is_file(name: str) -> bool:
     return Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet") or Path(name).is_file()
 
 
+def read_flags(kinds, argv, doc: str):
+    """Flags as a dataclass, or one of a union of them: subcommands."""
+    import tyro
+
+    return tyro.cli(kinds, args=argv, description=doc, use_underscores=True)
+
+
 def load_rows(name: str, split: str, kind: str, seed: int = 0) -> list[tuple[dict, str]]:
     """Rows of comma-separated sources in the project's column names, each with its place; stops at a bad one."""
     found = []

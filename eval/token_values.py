@@ -23,7 +23,6 @@ from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gvm
-import sft
 from eval import report, samples
 from eval.report import Raw, esc, num
 
@@ -226,7 +225,7 @@ def cases(args: Args) -> list[dict]:
 
 
 def main(argv=None):
-    args = sft.read_flags(Args, argv, __doc__)
+    args = samples.read_flags(Args, argv, __doc__)
     shown, folder = cases(args), Path(args.output_dir)
     limit = max(np.abs(line["q"]).max() for case in shown for line in case["lines"])
     folder.mkdir(parents=True, exist_ok=True)

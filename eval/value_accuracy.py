@@ -30,7 +30,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dvpo
 import gvm
-import sft
 import toy
 from eval import demo, samples, winrate
 
@@ -234,7 +233,7 @@ def run(args: Args) -> dict:
 
 
 def main(argv=None):
-    return run(sft.read_flags(Args, argv, __doc__))
+    return run(samples.read_flags(Args, argv, __doc__))
 
 
 if __name__ == "__main__":

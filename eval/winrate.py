@@ -154,7 +154,7 @@ def run(args: Args) -> dict:
 
 
 def main(argv=None):
-    return run(sft.read_flags(Args, argv, __doc__))
+    return run(samples.read_flags(Args, argv, __doc__))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The LM head of a Hugging Face model, read through `linear_logprob`: what a family does to its logits is done here.
+"""Heads of Hugging Face models: the LM head, read through `linear_logprob`, and the head of one label (values, rewards).
 
-Soft cap (Gemma), logit scale (Cohere multiplies, Granite divides) and bias stand in the text part of a model's config;
-whatever else a head may do shows in `logit_gap`, which compares with the model's own logits.
+What a family does to its logits is done here: soft cap (Gemma), logit scale (Cohere multiplies, Granite divides) and bias
+stand in the text part of a model's config; whatever else a head may do shows in `logit_gap`, which compares with the
+model's own logits.
 """
 
 import torch
@@ -44,3 +45,35 @@ def logit_gap(model) -> float:
     own = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     model.train(training)
     return float((ours - own).abs().mean())
+
+
+def model_class(kind: str, config):
+    """The class of a `causal`, `value` (token classification) or `reward` (sequence classification) model: transformers'
+    Auto class, or where it has none for the family, its generic head on the family's backbone. What that saves loads by
+    `model_class(kind, AutoConfig.from_pretrained(folder)).from_pretrained(folder)`."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    task = {"causal": "CausalLM", "value": "TokenClassification", "reward": "SequenceClassification"}[kind]
+    auto = getattr(transformers, f"AutoModelFor{task}")
+    if kind == "causal" or type(config) in auto._model_mapping or getattr(config, "auto_map", None):
+        return auto
+    base = next(c for c in MODEL_MAPPING[type(config)].__mro__[1:] if issubclass(c, transformers.PreTrainedModel))
+    head, name = (
+        getattr(transformers.modeling_layers, f"GenericFor{task}"),
+        type(config).__name__.removesuffix("Config"),
+    )
+    return type(f"{name}For{task}", (head, base), {"config_class": type(config), "base_model_prefix": "model"})
+
+
+def head_name(model) -> str:
+    """What the architecture calls its head of one label: `score` (Llama, Mistral, Qwen), `classifier` (GPT-NeoX, GPT-2)."""
+    return "score" if hasattr(model, "score") else "classifier"
+
+
+def read_head(model, input_ids, position):
+    """The one-label head's output, fp32, at flat positions of input_ids (B, L); in the precision that its weights have."""
+    hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden, head = hidden.flatten(0, 1).index_select(0, position), getattr(model, head_name(model))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).float().squeeze(-1)

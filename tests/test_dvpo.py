@@ -196,10 +196,7 @@ def test_what_stands_where_masked_never_matters(advantage, discount):
     values, kl = noise(9), noise()
     found = [
         dvpo.advantages(v, k, mask, advantage=advantage, discount=discount, kl_coef=0.1)
-        for v, k in (
-            (values, kl),
-            (torch.where(gvm.with_start(mask), values, -1e6), torch.where(mask, kl, 1e6)),
-        )
+        for v, k in ((values, kl), (torch.where(gvm.with_start(mask), values, -1e6), torch.where(mask, kl, 1e6)))
     ]
     assert torch.equal(*found) and not found[0][~mask].any()
     logp, old, ref, other = noise(), noise(), noise(), torch.where(mask, 0.0, 1e3)

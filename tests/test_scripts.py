@@ -280,8 +280,7 @@ BAD_ROWS = [  # scripts, row, the field that the message names
 
 
 @pytest.mark.parametrize(
-    ("script", "row", "field"),
-    [(script, row, field) for scripts, row, field in BAD_ROWS for script in scripts.split()],
+    ("script", "row", "field"), [(script, row, field) for scripts, row, field in BAD_ROWS for script in scripts.split()]
 )
 def test_a_bad_row_is_named_with_file_row_and_field(told, home, tmp_path, script, row, field):
     good = {"prompt": PROMPT} | GOOD[script]

@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sft
 import toy
+from eval.samples import load_rows
 
 ASK = "how is the soup ?"
 ARGS = SimpleNamespace(max_prompt_tokens=64, max_response_tokens=8)
@@ -48,23 +49,23 @@ def test_an_epochs_order_is_a_permutation_that_follows_seed_and_epoch():
 # ---------------------------------------------------------------------------------------------------- tokens and batches
 def test_encode_is_the_rendered_prompt_and_the_responses_own_tokens_with_eos():
     tok = toy.tokenizer()
-    prompt, response = sft.encode(tok, {"prompt": ASK, "completion": "it is good ."}, "completion", "row 1", ARGS)
+    prompt, response = sft.encode(tok, {"prompt": ASK, "completion": "it is good ."}, "completion", ARGS)
     assert tok.convert_ids_to_tokens(prompt) == f"<user> {ASK} <assistant>".split()
     assert tok.decode(response) == "it is good . <eos>"
     whole = tok.apply_chat_template([message("user", ASK), message("assistant", "it is good .")], return_dict=False)
     assert prompt + response == whole
-    assert sft.encode(tok, {"prompt": ASK}, None, "row 1", ARGS) == (prompt, [])
+    assert sft.encode(tok, {"prompt": ASK}, None, ARGS) == (prompt, [])
     as_messages = {
         "prompt": [message("user", ASK)],
         "chosen": "it is good .",
     }  # SFT on preferences takes the better one
-    assert sft.encode(tok, sft.canonical(as_messages, "row 1"), "completion", "row 1", ARGS) == (prompt, response)
+    assert sft.encode(tok, sft.canonical(as_messages), "completion", ARGS) == (prompt, response)
 
 
 def test_a_chat_prompt_keeps_its_turns():
     tok = toy.tokenizer()
     chat = [message("user", ASK), message("assistant", "it is good ."), message("user", "how is the bread ?")]
-    prompt, _ = sft.encode(tok, {"prompt": chat}, None, "row 1", ARGS)
+    prompt, _ = sft.encode(tok, {"prompt": chat}, None, ARGS)
     expected = f"<user> {ASK} <assistant> it is good . <eos> <user> how is the bread ? <assistant>"
     assert tok.convert_ids_to_tokens(prompt) == expected.split()
 
@@ -73,19 +74,30 @@ def test_a_cut_response_has_no_eos_and_one_that_just_fits_has():
     tok = toy.tokenizer()
     for words, ends in ((7, True), (8, False), (30, False)):
         row = {"prompt": ASK, "completion": " ".join(["it"] * words)}
-        _, response = sft.encode(tok, row, "completion", "row 1", ARGS)
+        _, response = sft.encode(tok, row, "completion", ARGS)
         assert (
             len(response) == 8 and (response[-1] == tok.eos_token_id) == ends and tok.eos_token_id not in response[:-1]
         )
 
 
-def test_a_long_prompt_stops_or_is_left_out(capsys):
-    tok, short = toy.tokenizer(), vars(ARGS) | {"max_prompt_tokens": 3}
-    with pytest.raises(SystemExit):
-        sft.encode(tok, {"prompt": ASK}, None, "toy row 7", SimpleNamespace(**short))
-    assert "toy row 7" in capsys.readouterr().err
-    dropping = SimpleNamespace(**short | {"drop_long_prompts": True})
-    assert sft.encode(tok, {"prompt": ASK}, None, "toy row 7", dropping) == (None, None)
+def test_a_long_prompt_stops_or_is_left_out(tmp_path, capsys):
+    tok, path = toy.tokenizer(), tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("how", ASK, "it")))
+    short = {"data": str(path), "split": "train", "seed": 0, "max_prompt_tokens": 3, "max_response_tokens": 8}
+    asked = lambda **flags: sft.load_data(
+        args := SimpleNamespace(**short | flags), "prompts", lambda row: [sft.encode(tok, row, None, args)[0]]
+    )
+    with pytest.raises(ValueError, match="prompt has 7 tokens, more than --max_prompt_tokens 3"):
+        sft.encode(tok, {"prompt": ASK}, None, SimpleNamespace(**short))
+    with pytest.raises(SystemExit) as ended:
+        asked()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and f"error: {path} row 2: field prompt has 7 tokens" in error
+    assert "Mend the row, or leave such rows out with --skip_bad_rows" in error
+    found = asked(skip_bad_rows=True)
+    assert [tok.decode(prompt) for prompt in found] == ["<user> how <assistant>", "<user> it <assistant>"]
+    assert f"{path}: 1 of 3 rows left out, the first one because of {path} row 2: " in capsys.readouterr().out
+    assert len(asked(max_prompt_tokens=7)) == 3
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -116,7 +128,9 @@ def model():
 
     torch.manual_seed(0)
     config = toy.config(hidden_size=16, intermediate_size=32, num_hidden_layers=2)
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = [toy.tokenizer().eos_token_id]  # a list, as load_model leaves it
+    return model
 
 
 def test_policy_log_probs_equal_a_loop_over_single_sequences_and_the_stock_loss(model):
@@ -178,17 +192,21 @@ def test_plain_rows_keep_their_fields():
         {"prompt": [message("user", ASK)]},
     ):
         before = json.dumps(row)
-        found = sft.canonical(row, "row 1")
+        found = sft.canonical(row)
+        of = next(
+            (answer for answer in ("chosen", "best") if {"chosen": "chosen", "best": "responses"}[answer] in row),
+            "completion",
+        )
         answer = {"completion": "it is good ."} if len(row) > 1 else {}  # SFT imitates the chosen, or the best
-        assert found == row | answer and json.dumps(row) == before
+        assert found == row | answer | {"answer": of} and json.dumps(row) == before
 
 
 def test_messages_become_prompt_and_completion():
     chat = [message("system", "be kind"), message("user", "a"), message("assistant", "b")]
-    row = sft.canonical({"messages": chat}, "row 1")
+    row = sft.canonical({"messages": chat})
     assert (row["prompt"], row["completion"]) == (chat[:2], "b")
     chat += [message("user", "c"), message("assistant", "d")]  # of several answers the last is learned
-    row = sft.canonical({"messages": chat}, "row 1")
+    row = sft.canonical({"messages": chat})
     assert (row["prompt"], row["completion"]) == (chat[:4], "d")
 
 
@@ -203,10 +221,11 @@ def test_ultrafeedback_binarized_becomes_a_pair():
         "score_chosen": 8.0,
         "score_rejected": 3.0,
     }
-    found = sft.canonical(row, "row 1")
+    found = sft.canonical(row)
     assert (found["prompt"], found["chosen"], found["rejected"], found["completion"]) == ([ask], "good", "bad", "good")
     alone = {"prompt": "a", "chosen": [message("assistant", "good")], "rejected": [message("assistant", "bad")]}
-    assert sft.canonical(alone, "row 1") == {"prompt": "a", "chosen": "good", "rejected": "bad", "completion": "good"}
+    pair = {"prompt": "a", "chosen": "good", "rejected": "bad"}
+    assert sft.canonical(alone) == pair | {"completion": "good", "answer": "chosen"}
 
 
 def test_ultrafeedback_becomes_graded_responses_by_named_policies():
@@ -215,7 +234,7 @@ def test_ultrafeedback_becomes_graded_responses_by_named_policies():
         {"model": "gpt-4", "response": "two", "overall_score": 8.5, "fine-grained_score": None},
         {"model": "alpaca", "response": "three", "overall_score": 2.0},
     ]
-    row = sft.canonical({"source": "sharegpt", "instruction": "a", "completions": completions}, "row 1")
+    row = sft.canonical({"source": "sharegpt", "instruction": "a", "completions": completions})
     assert row["prompt"] == "a"
     assert row["responses"] == [
         {"text": "one", "score": 3.25, "policy": "llama-2-7b"},
@@ -228,12 +247,12 @@ def test_sft_on_graded_rows_takes_the_best_and_nulls_are_no_fields():
     for scores in ((-1.0, 0.0), (-1, 0, None), (None, -5, -7)):
         responses = [{"text": str(score), "score": score} for score in scores]
         best = str(max(score for score in scores if score is not None))
-        assert sft.canonical({"prompt": "a", "responses": responses, "chosen": None}, "row 1")["completion"] == best
+        assert sft.canonical({"prompt": "a", "responses": responses, "chosen": None})["completion"] == best
 
 
 def test_hh_transcripts_are_split_before_the_last_answer():
     head = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how is the soup?\n\nAssistant:"
-    row = sft.canonical({"chosen": head + " It is good.\n\nReally.", "rejected": head + " No."}, "row 1")
+    row = sft.canonical({"chosen": head + " It is good.\n\nReally.", "rejected": head + " No."})
     assert (row["chosen"].strip(), row["rejected"].strip()) == ("It is good.\n\nReally.", "No.")
     text = row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])
     assert "how is the soup?" in text and "hello" in text and "good" not in text and "No." not in text
@@ -259,7 +278,7 @@ def numbered(tmp_path):
 )
 def test_split_slices(numbered, split, kept):
     path, rows = numbered
-    found = sft.load_rows(str(path), split, "sft")
+    found = load_rows(str(path), split, "sft")
     assert [row for row, _ in found] == [rows[i] for i in kept]
     assert [where for _, where in found] == [
         f"{path} row {i + 1}" for i in kept
@@ -268,17 +287,17 @@ def test_split_slices(numbered, split, kept):
 
 def test_shares_are_cut_from_one_shuffle_and_lose_no_row(numbered):
     path, _ = numbered
-    parts = [[w for _, w in sft.load_rows(str(path), f"train[{cut}]", "sft")] for cut in (":30%", "30%:80%", "80%:")]
+    parts = [[w for _, w in load_rows(str(path), f"train[{cut}]", "sft")] for cut in (":30%", "30%:80%", "80%:")]
     assert [len(part) for part in parts] == [3, 5, 2]
     joined = [where for part in parts for where in part]
     assert sorted(joined) == sorted(f"{path} row {i + 1}" for i in range(10)) and joined != sorted(joined)
-    assert [len(sft.load_rows(str(path), f"train[{cut}]", "sft")) for cut in (":35%", "35%:")] == [3, 7]
+    assert [len(load_rows(str(path), f"train[{cut}]", "sft")) for cut in (":35%", "35%:")] == [3, 7]
 
 
 def test_a_split_that_is_not_understood_stops(numbered):
     for split in ("train[:-5]", "train[", "train[1]", ""):
         with pytest.raises(SystemExit):
-            sft.load_rows(str(numbered[0]), split, "sft")
+            load_rows(str(numbered[0]), split, "sft")
 
 
 def test_every_file_format_gives_the_same_rows(tmp_path):
@@ -296,24 +315,24 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
         file.write(json.dumps(rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "f.parquet")
     for path in sorted(tmp_path.iterdir()):
-        assert [row for row, _ in sft.load_rows(str(path), "train", "sft")] == rows, path.name
+        assert [row for row, _ in load_rows(str(path), "train", "sft")] == rows, path.name
 
 
 def test_text_may_hold_characters_that_unicode_calls_line_ends(tmp_path):
     row = {"prompt": "a\u2028b\x85c", "completion": "d\x0ce"}  # valid unescaped in JSON, but for \f
     path = tmp_path / "rows.jsonl"
     path.write_text((json.dumps(row, ensure_ascii=False) + "\n") * 2, encoding="utf-8")
-    assert [found for found, _ in sft.load_rows(str(path), "train", "sft")] == [row, row]
+    assert [found for found, _ in load_rows(str(path), "train", "sft")] == [row, row]
 
 
 def test_a_split_field_chooses_rows_and_names_are_joined_by_commas(tmp_path):
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     a.write_text("".join(json.dumps({"prompt": p, "split": s}) + "\n" for p, s in (("1", "train"), ("2", "test"))))
     b.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in "34"))
-    assert [row["prompt"] for row, _ in sft.load_rows(f"{a}, {b}", "train", "prompts")] == ["1", "3", "4"]
-    assert [row["prompt"] for row, _ in sft.load_rows(f"{a},{b}", "test[:1]", "prompts")] == ["2", "3"]
+    assert [row["prompt"] for row, _ in load_rows(f"{a}, {b}", "train", "prompts")] == ["1", "3", "4"]
+    assert [row["prompt"] for row, _ in load_rows(f"{a},{b}", "test[:1]", "prompts")] == ["2", "3"]
     order = sft.shuffled(len(toy.rows("prompts")), 0, "split")
     half = [toy.rows("prompts")[i] for i in order[: len(order) // 2]]
-    found = sft.load_rows(f"{b},toy", "train[:50%]", "prompts", seed=0)  # that part of each
+    found = load_rows(f"{b},toy", "train[:50%]", "prompts", seed=0)  # that part of each
     assert [row["prompt"] for row, _ in found] == [found[0][0]["prompt"]] + [row["prompt"] for row in half]
     assert found[0][0]["prompt"] in "34"
