@@ -252,7 +252,10 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     read = functools.partial(
         tyro.cli, args_class, args=argv, description=doc, use_underscores=True, console_outputs=tell
     )
-    args = read(default=args_class(**(paper | presets[preset] if preset else {})))
+    paper = paper | presets.get(preset, {})
+    if any(word.split("=")[0] == "--data" for word in argv):  # a share of the paper's data is none of yours
+        paper.pop("split", None)
+    args = read(default=args_class(**(paper if preset else {})))
     start = getattr(args, "model", None) or args.policy
     if preset and toy.is_model(start):
         stop(f"preset {preset} is for real models, and {start} is of the toy world: name yours, or give no preset")
@@ -439,6 +442,7 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
         several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
         table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
                         num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+        table = table if len(raw) else datasets.Dataset.from_dict({x: [] for x in features}, features)
         bad = [reason for reason in table["bad"] if reason]
         if bad and (source == "toy" or is_file(source)) and not getattr(args, "skip_bad_rows", False):
             stop(f"{bad[0]}. Mend the row, or leave such rows out with --skip_bad_rows")

@@ -264,7 +264,7 @@ def test_load_answers_knows_who_wrote_what(tmp_path):
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     args = SimpleNamespace(data=str(tmp_path / "rows.json"), split="train", seed=0, max_prompt_tokens=9)
-    args.max_response_tokens, args.drop_long_prompts = 3, False
+    args.max_response_tokens = 3
     tok = toy.tokenizer()
     found = gvm.load_answers(tok, args)
     assert [(a.score, a.policy, tok.decode(a.response)) for a in found] == [

@@ -14,9 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rm
 import toy
 
-ARGS = SimpleNamespace(
-    split="train", seed=0, max_prompt_tokens=8, max_response_tokens=6, drop_long_prompts=False, trust_remote_code=False
-)
+ARGS = SimpleNamespace(split="train", seed=0, max_prompt_tokens=8, max_response_tokens=6, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -65,7 +63,8 @@ def test_ordered_pairs_are_all_pairs_with_different_scores():
 def questions(tmp_path, *rows):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
-    return rm.load_questions(toy.tokenizer(), True, SimpleNamespace(**vars(ARGS), data=str(path)))
+    args, tok = SimpleNamespace(**vars(ARGS), data=str(path)), toy.tokenizer()
+    return list(rm.load_data(args, "graded", lambda row: rm.sequences_of(tok, row, True, args)))
 
 
 def test_pairs_and_graded_rows_become_questions_and_equal_scores_none(tmp_path):
@@ -78,12 +77,12 @@ def test_pairs_and_graded_rows_become_questions_and_equal_scores_none(tmp_path):
         {"prompt": ask, "responses": [graded[0], graded[2]]},
     )
     tok = toy.tokenizer()
-    texts = [[tok.decode(sequence) for sequence in question.sequences] for question in found]
+    texts = [[tok.decode(sequence) for sequence in sequences] for _, sequences, _ in found]
     start = f"<user> {ask} <assistant>"
     pair = [f"{start} it is good . <eos>", f"{start} it is bad . <eos>"]
     assert texts == [pair, [*pair, f"{start} it <eos>"]]
-    assert [question.scores for question in found] == [[1.0, -1.0], [2.0, -1.5, 2.0]]
-    assert found[0].key == found[1].key  # held out together
+    assert [scores for *_, scores in found] == [[1.0, -1.0], [2.0, -1.5, 2.0]]
+    assert found[0][0] == found[1][0]  # held out together
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
@@ -138,10 +137,10 @@ def test_a_text_pair_is_cut_from_its_far_ends():
     tok.cls_token, tok.sep_token = "<user>", "<assistant>"
     prompt, text = "well , how is the soup ? is it good ?", "it is good and it is great ."
     expected = "<user> is the soup ? is it good ? <assistant> it is good and it is <assistant>"  # 8 and 6 tokens
-    assert tok.convert_ids_to_tokens(rm.encode_pair(tok, prompt, text, "row 1", ARGS)) == expected.split()
+    assert tok.convert_ids_to_tokens(rm.encode_pair(tok, prompt, text, ARGS)) == expected.split()
     chat = [{"role": "user", "content": "is it good"}, {"role": "assistant", "content": "it is"}]
     expected = "<user> is it good it is <assistant> it <assistant>"
-    assert tok.convert_ids_to_tokens(rm.encode_pair(tok, chat, "it", "row 1", ARGS)) == expected.split()
+    assert tok.convert_ids_to_tokens(rm.encode_pair(tok, chat, "it", ARGS)) == expected.split()
 
 
 def test_pad_is_made_distinct_from_eos():

@@ -260,7 +260,7 @@ def test_hh_transcripts_are_split_before_the_last_answer():
 
 @pytest.fixture
 def numbered(tmp_path):
-    rows = [{"prompt": f"p{i}", "completion": "x", "n": i} for i in range(10)]
+    rows = [{"prompt": f"p{i}", "completion": "x", "n": i, "answer": "completion"} for i in range(10)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path, rows
@@ -304,7 +304,10 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"prompt": [message("user", f"ä{i}")], "completion": "x\ny", "score": i / 2} for i in range(4)]
+    rows = [
+        {"prompt": [message("user", f"ä{i}")], "completion": "x\ny", "score": i / 2, "answer": "completion"}
+        for i in range(4)
+    ]
     lines = "\n".join(json.dumps(row) for row in rows) + "\n"
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "b.jsonl").write_text("\n" + lines)  # an empty line is no row
@@ -319,7 +322,8 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
 
 
 def test_text_may_hold_characters_that_unicode_calls_line_ends(tmp_path):
-    row = {"prompt": "a\u2028b\x85c", "completion": "d\x0ce"}  # valid unescaped in JSON, but for \f
+    # valid unescaped in JSON, but for \f
+    row = {"prompt": "a\u2028b\x85c", "completion": "d\x0ce", "answer": "completion"}
     path = tmp_path / "rows.jsonl"
     path.write_text((json.dumps(row, ensure_ascii=False) + "\n") * 2, encoding="utf-8")
     assert [found for found, _ in load_rows(str(path), "train", "sft")] == [row, row]
