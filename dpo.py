@@ -597,7 +597,7 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
         stop(f"preset {preset} is for real models, and {start} is of the toy world: name yours, or give no preset")
     if not preset and not toy.is_model(start):
         args = read(default=args_class(**paper))
-    args.settings = f"of preset {preset}" if preset else "of the toy world" if toy.is_model(start) else "the paper's"
+    args.settings = f"preset {preset}'s" if preset else "the toy world's" if toy.is_model(start) else "the paper's"
     for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
         if getattr(args, name, 1) < 1:
             stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
@@ -1232,6 +1232,7 @@ class Run:
             {},
         )
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
+        self.settings = getattr(args, "settings", "as in the code")
         if rank == 0:
             if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
                 aside = next(p for p in (Path(f"{self.folder}.{i}") for i in range(1, 10**6)) if not p.exists())
@@ -1254,7 +1255,7 @@ class Run:
             tokens = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
             print(f"{name}: {of}, {sum(n for n, _ in sizes):.4g} M parameters, {sum(n for n, on in sizes if on):.4g} M trained, "
                   f"learning rate {args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * tokens} "
-                  f"tokens a step; settings that no flag gives are {getattr(args, 'settings', 'the caller')}")  # fmt: skip
+                  f"tokens a step; what no flag gives is {self.settings}")  # fmt: skip
         self.bar = tqdm(total=total, desc=name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
@@ -1334,7 +1335,13 @@ class Run:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory
         seconds = round(time.time() - self.started, 1)
-        summary = {"steps": self.step, "seconds": seconds, "peak_memory_mb": round(memory / 2**20), **summary}
+        summary = {
+            "steps": self.step,
+            "seconds": seconds,
+            "peak_memory_mb": round(memory / 2**20),
+            **summary,
+            "settings": self.settings,
+        }
         self.bar.close()
         if self.rank == 0:
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -569,7 +569,7 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
         stop(f"preset {preset} is for real models, and {start} is of the toy world: name yours, or give no preset")
     if not preset and not toy.is_model(start):
         args = read(default=args_class(**paper))
-    args.settings = f"of preset {preset}" if preset else "of the toy world" if toy.is_model(start) else "the paper's"
+    args.settings = f"preset {preset}'s" if preset else "the toy world's" if toy.is_model(start) else "the paper's"
     for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
         if getattr(args, name, 1) < 1:
             stop(f"--{name} {getattr(args, name)}: it must be 1 or more")

@@ -5,9 +5,9 @@ A host is a torchrun agent here: two of them on this machine, each in a folder o
 many small runs in one start.
 """
 
-import contextlib
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -78,13 +78,18 @@ def fails_main(kind: str, bad: str, note: str):
     """sft.py, in which loading the model goes wrong on one rank; `note` gets the time."""
 
     def load(*_):
+        time.sleep(3)  # the others wait for this rank in a collective by now
         Path(note).write_text(str(time.time()))
         if kind == "mistake":
             sft.stop("name another model")
+        if kind == "power":  # the host is gone, and with it all that it keeps
+            os.kill(os.getppid(), signal.SIGKILL), os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("the disk is on fire")
 
     if os.environ["RANK"] == bad:
         sft.load_model = load
+    elif kind == "power":
+        sft.load_model = lambda *_: time.sleep(300)  # at work, so that no collective tells it
     sft.main(TINY_RUN)
 
 
@@ -105,21 +110,31 @@ def test_hosts_that_do_not_share_the_run_folder_all_end_and_say_so(tmp_path):
         assert end - begun < 30
 
 
+def tracebacks(text):
+    """Of ranks: torchrun's report begins with one of its own."""
+    return text.count("Traceback") - 1
+
+
 def test_a_mistake_that_one_rank_meets_ends_all_within_seconds_and_is_told_once(tmp_path):
     [(code, text, seconds)] = fail(hosts(tmp_path, 1), "mistake", 1, ranks=2)
-    assert code and text.count("name another model") == 1 and "Traceback" not in text, text
+    assert code and text.count("name another model") == 1 and not tracebacks(text), text
     assert "error: name another model" in end_of(text) and seconds < 10
 
 
-def test_a_mistake_that_all_ranks_meet_is_told_once(tmp_path):
-    [(code, text, _)] = torchrun(hosts(tmp_path, 1), "sft.py", *TINY_RUN, "--data", "absent.jsonl", ranks=2)
-    assert code and text.count("absent.jsonl (train) cannot be read") == 1 and "Traceback" not in text, text
-    assert "absent.jsonl (train) cannot be read" in end_of(text)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--data absent.jsonl", "absent.jsonl (train) cannot be read"), ("--batch_size 0", "it must be 1 or more"),
+     ("--model ./absent", "./absent is not a model folder"), ("--no_such_flag 1", "Unrecognized")],
+)  # fmt: skip
+def test_a_mistake_that_all_ranks_meet_is_told_once(tmp_path, flags, message):
+    [(code, text, _)] = torchrun(hosts(tmp_path, 1), "sft.py", *TINY_RUN, *flags.split(), ranks=2)
+    assert code and text.count(message) == 1 and not tracebacks(text), text
+    assert message in end_of(text) or "flag" in flags  # those are in a box
 
 
 def test_an_exception_on_one_rank_shows_its_traceback_and_ends_all_within_seconds(tmp_path):
     [(code, text, seconds)] = fail(hosts(tmp_path, 1), "exception", 1, ranks=2)
-    assert code and text.count("Traceback") == 1 and "in load\n" in text and seconds < 10, text
+    assert code and tracebacks(text) == 1 and "in load\n" in text and seconds < 10, text
     assert "error: rank 1 failed: RuntimeError: the disk is on fire" in end_of(text)
 
 
@@ -127,18 +142,24 @@ def test_an_exception_on_one_rank_shows_its_traceback_and_ends_all_within_second
 def test_an_exception_on_one_host_ends_the_other_within_seconds_which_says_so_in_one_line(tmp_path, bad):
     found = fail(hosts(tmp_path), "exception", bad, ranks=1)
     for rank, (code, text, seconds) in enumerate(found):
-        assert code and text.count("Traceback") == (rank == bad) and seconds < 30, text
+        assert code and tracebacks(text) == ("in load\n" in text) == (rank == bad) and seconds < 30, text
         assert text.count(f"error: rank {bad} failed: RuntimeError: the disk is on fire") == 1, text
+
+
+def test_where_the_first_host_vanishes_the_others_end_within_seconds_and_say_so(tmp_path):
+    _, (code, text, seconds) = fail(hosts(tmp_path), "power", 0, ranks=1)
+    assert code and text.count("error: the first host has ended") == 1 and not tracebacks(text) and seconds < 40, text
 
 
 # ------------------------------------------------------------------------------------------------- precision, one process
 def engines(monkeypatch, module):
-    """Of each engine of a run: itself, and its trained weights at the start."""
+    """Of each engine of a run: itself, its trained weights, and a copy of these at the start."""
     found, init = [], module.Engine.__init__
 
     def built(self, *inputs):
         init(self, *inputs)
-        found.append((self, {n: p.detach().clone() for n, p in self.module.named_parameters() if p.requires_grad}))
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        found.append((self, trained, {name: p.detach().clone() for name, p in trained.items()}))
 
     monkeypatch.setattr(module.Engine, "__init__", built)
     return found
@@ -150,9 +171,9 @@ def test_lora_and_the_head_train_in_fp32_on_a_bf16_model_and_small_steps_count(h
     monkeypatch.setattr(tiny, "Smooth", torch.optim.AdamW)
     settings = {"bf16": True, "lora_r": 4, "lora_dropout": 0.0, "learning_rate": 2e-6, "steps": 8}
     run(home, script, tmp_path / "out", **settings)
-    [(engine, start)] = found
-    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    assert {p.dtype for p in engine.module.parameters() if not p.requires_grad} == {torch.bfloat16}
+    [(engine, trained, start)] = found
+    backbone = next(p for name, p in engine.module.named_parameters() if name.endswith("mlp.down_proj.weight"))
+    assert backbone.dtype == torch.bfloat16  # merged by now
     assert {p.dtype for p in trained.values()} == {torch.float32} and any("lora_B" in name for name in trained)
     [head] = [name for name in trained if "lora" not in name]
     assert (trained[head] != start[head]).all()
@@ -191,7 +212,8 @@ def test_heads_answer_in_fp32_whatever_the_weights(home):
 
 
 def test_a_tokens_weight_is_not_rounded_to_the_models_bf16(home):
-    policy = sft.Policy(stock("CausalLM", home / "base").bfloat16())
+    model = sft.load_model("causal", str(home / "base"), toy.tokenizer(), sft.Args(bf16=True), frozen=True)
+    policy = sft.Policy(model.requires_grad_())
     batch, weight = sft.collate(toy_rows(tiny.random.Random(0), [(5, 9), (3, 17), (8, 2)]), 0), 1 / 731
     assert abs(float(torch.tensor(weight).bfloat16()) / weight - 1) > 1e-4
     for grad in (False, True):
@@ -207,7 +229,7 @@ SHARED = {"share_backbone": True}
 CORE = {"sft_hard_3": ("sft", HARD | {"zero_stage": 3}), "dvpo_hard_3": ("dvpo", HARD | SHARED | {"zero_stage": 3})}
 FP32 = {  # what ZeRO 1 and ZeRO 3 must do alike
     "sft": {},
-    "sft_new": {"model": "toy"},
+    "sft_new": {},
     "rm": {},
     "gvm_lora": {"lora_r": 4, "lora_dropout": 0.0},
 }
@@ -225,17 +247,17 @@ FULL = {
 
 def ranks_main(home: Path, case: str):
     """Many runs in one process; one that fails leaves its traceback and does not stop the others."""
+    (home / "ranks").mkdir(exist_ok=True)
     for name, (script, settings) in (CORE if case == "core" else FULL[int(case)]).items():
         module = SCRIPTS[script]
         load = module.load_model
 
-        def loading(*inputs, load=load, name=name, **options):
-            model = load(*inputs, **options)
+        def loading(kind, start, *inputs, load=load, name=name, **options):
+            model = load(kind, "toy" if "new" in name else start, *inputs, **options)
             whole = [n for n, p in model.named_parameters() if p.numel() or not hasattr(p, "ds_id")]
             (home / "ranks" / f"{name}_whole_{os.environ['RANK']}").write_text("\n".join(whole))
             return model
 
-        (home / "ranks").mkdir(exist_ok=True)
         module.load_model = loading
         try:
             run(home, script, f"ranks/{name}", **settings)
@@ -243,8 +265,7 @@ def ranks_main(home: Path, case: str):
             (home / "ranks" / f"{name}_error").write_text(traceback.format_exc())
         module.load_model = load
     if case == "core":
-        with contextlib.ExitStack() as stack:
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
+        with pytest.MonkeyPatch.context() as patch:
             found = engines(patch, sft)
             patch.setattr(tiny, "Smooth", torch.optim.AdamW)
             run(home, "sft", "ranks/first", bf16=True, **FIRST)
@@ -333,7 +354,7 @@ def test_the_first_update_in_bf16_on_two_ranks_has_full_size(home, core, tmp_pat
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("mistake", "exception"):
+    if sys.argv[1] in ("mistake", "exception", "power"):
         fails_main(*sys.argv[1:])
     else:
         ranks_main(Path(sys.argv[2]), sys.argv[1])
