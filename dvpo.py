@@ -697,7 +697,12 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     paper = paper | presets.get(preset, {})
     if any(word.split("=")[0] == "--data" for word in argv):  # a share of the paper's data is none of yours
         paper.pop("split", None)
-    args = read(default=args_class(**(paper if preset else {})))
+    try:
+        args = read(default=args_class(**(paper if preset else {})))
+    except SystemExit as ended:  # tyro has said what is wrong; torchrun's report should end with a word of it
+        if ended.code and "TORCHELASTIC_ERROR_FILE" in os.environ:
+            stop(f"{' '.join(argv)}: a flag is not understood, the box above says which; --help lists all")
+        raise
     start = getattr(args, "model", None) or args.policy
     if preset and toy.is_model(start):
         stop(f"preset {preset} is for real models, and {start} is of the toy world: name yours, or give no preset")

@@ -55,6 +55,16 @@ def test_a_copy_is_the_text_of_its_origin(path):
     assert not wrong, f"{wrong} differ from their origin: python tests/test_copies.py --fix"
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_copies_stand_in_the_order_of_their_origin(path):
+    """So that a diff of two scripts shows what differs, not what has moved."""
+    order = list(blocks(ROOT / "sft.py"))
+    copied = [order.index(name) for name, (*_, origin) in blocks(path).items() if origin == "sft"]
+    assert copied == sorted(copied)
+    found = [name for name, (*_, origin) in blocks(path).items() if origin is None or origin != "sft"]
+    assert found[-1:] == ["main"] or path.stem in ("sft", "toy")  # the plumbing of others comes last, and whole
+
+
 def test_the_same_name_in_two_scripts_is_a_marked_copy():
     origins = {}
     for path in SCRIPTS:

@@ -381,6 +381,8 @@ def test_score_rollout_gives_each_row_its_own_log_probs_and_values_in_order():
     policy, reference = (LlamaForCausalLM(toy.config(**small)).eval() for _ in range(2))
     values = LlamaForTokenClassification(toy.config(**small, num_labels=1)).eval()
     tok = toy.tokenizer()
+    for model in (policy, reference):
+        model.generation_config.eos_token_id = [tok.eos_token_id]  # a list, as load_model leaves it
     questions = [toy.prompts("rl")[i] for i in range(7)]
     answers = [
         dvpo.Answer([{"role": "user", "content": q}], [rng.randint(5, 90) for _ in range(rng.randint(0, 5))] + [1])

@@ -158,7 +158,7 @@ def test_the_critic_starts_at_zero_and_reads_the_state_before_each_token():
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     model = LlamaForTokenClassification(toy.config(**small, num_labels=1)).eval()
-    critic, rng = ppo.Critic(model), random.Random(0)
+    critic, rng = ppo.Critic(model, SimpleNamespace(zero_stage=0)), random.Random(0)
     rows = [([rng.randint(5, 90) for _ in range(p)], [rng.randint(5, 90) for _ in range(r)])
             for p, r in ((4, 3), (1, 6), (7, 1), (2, 0))]  # fmt: skip
     batch = ppo.collate(rows, 0)
@@ -179,7 +179,8 @@ def test_a_critic_learns_to_predict_the_return():
 
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    critic, rng = ppo.Critic(LlamaForTokenClassification(toy.config(**small, num_labels=1))), random.Random(0)
+    model = LlamaForTokenClassification(toy.config(**small, num_labels=1))
+    critic, rng = ppo.Critic(model, SimpleNamespace(zero_stage=0)), random.Random(0)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=3e-3)
 
     def rollout(n=32):

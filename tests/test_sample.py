@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
-import sft
 import toy
+from eval.samples import load_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -329,4 +329,4 @@ def test_parts_of_more_ranks_than_now_are_gone(home, tmp_path):
 
 def test_sft_reads_what_it_writes(home, tmp_path):
     path = run(home, tmp_path / "a")
-    assert len(sft.load_rows(str(path), "train", "graded")) == 7
+    assert len(load_rows(str(path), "train", "graded")) == 7

@@ -138,14 +138,26 @@ def parsed(monkeypatch, script, *argv):
 
 
 @pytest.mark.parametrize("script", TRAINERS)
-def test_presets(monkeypatch, script):
-    module = SCRIPTS[script]
-    assert parsed(monkeypatch, script) == module.Args()
+def test_presets(monkeypatch, home, tmp_path, capfd, script):
+    """What a flag that is not given means: the toy world's value for its models, the paper's or a preset's for others."""
+    monkeypatch.chdir(tmp_path)  # where no run has been: the default model is not one of the toy world
+    module, world = SCRIPTS[script], {"sft": "toy"}.get(script, str(home / "policy"))
+    first = "policy" if hasattr(module.Args(), "policy") else "model"
+    assert parsed(monkeypatch, script, f"--{first}", world) == module.Args(**{first: world})
+    assert parsed(monkeypatch, script, f"--{first}", "a/b") == module.Args(**module.PAPER | {first: "a/b"})
+    mine = parsed(monkeypatch, script, f"--{first}", "a/b", "--data", "c.jsonl", "--batch_size", "8")
+    split = {"split": module.Args().split}  # a share of the paper's data is none of another's
+    assert mine == module.Args(**module.PAPER | split | {first: "a/b", "data": "c.jsonl", "batch_size": 8})
     assert {"llama3.2-3b", "llama3-8b"} <= set(module.PRESETS)
-    for name, preset in module.PRESETS.items():
-        assert parsed(monkeypatch, script, name) == preset != module.Args()
-        changed = parsed(monkeypatch, script, name, "--learning_rate", "0.125", "--bf16")
-        assert changed == dataclasses.replace(preset, learning_rate=0.125, bf16=True)
+    for name, values in module.PRESETS.items():
+        preset = module.Args(**module.PAPER | values)
+        assert parsed(monkeypatch, script, name) == preset != module.Args(**module.PAPER)
+        changed = parsed(monkeypatch, script, name, "--learning_rate", "0.125", "--no_bf16")
+        assert changed == dataclasses.replace(preset, learning_rate=0.125, bf16=False)
+        with pytest.raises(SystemExit) as ended:
+            module.main([name, f"--{first}", world])
+        assert ended.value.code == 2
+        assert f"error: preset {name} is for real models, and {world} is of the toy world" in capfd.readouterr().err
         flags = [  # written out, a preset is read back as it is: every value is one that its flag takes
             word
             for field, value in dataclasses.asdict(preset).items()
@@ -194,8 +206,8 @@ def home(tmp_path_factory):
     return home
 
 
-def mistake(capfd, monkeypatch, tmp_path, script, *argv):
-    """What a user is told: one line, exit code 2, and an earlier run in --output_dir stays as it is."""
+def mistake(capfd, monkeypatch, tmp_path, script, *argv, line=True):
+    """What a user is told: one line, or of a flag a box, exit code 2, and an earlier run in --output_dir stays as it is."""
     monkeypatch.chdir(tmp_path)
     earlier = tmp_path / "out" / "final" / "model.safetensors"
     earlier.parent.mkdir(parents=True)
@@ -206,7 +218,11 @@ def mistake(capfd, monkeypatch, tmp_path, script, *argv):
         SCRIPTS[script].main([*argv, "--output_dir", "out"])
     out, error = capfd.readouterr()
     assert ended.value.code == 2 and not out
-    assert re.fullmatch(r"error: .{20,}\n", error), error
+    if line:
+        assert re.fullmatch(r"error: .{20,}\n", error), error
+    else:
+        assert error.startswith("╭") and "Traceback" not in error, error
+        error = " ".join(re.sub("[╮╰│╭╯─]", " ", error).split())  # words as they are, however the box breaks lines
     assert sorted(tmp_path.rglob("*")) == before and earlier.read_text() == "an earlier run"
     return error
 
@@ -224,7 +240,7 @@ def start(home, script):
 
 @pytest.fixture
 def told(capfd, monkeypatch, tmp_path):
-    return lambda script, *argv: mistake(capfd, monkeypatch, tmp_path, script, *argv)
+    return lambda script, *argv, **form: mistake(capfd, monkeypatch, tmp_path, script, *argv, **form)
 
 
 @pytest.mark.parametrize("script", TRAINERS)
@@ -242,13 +258,13 @@ def told(capfd, monkeypatch, tmp_path):
     ],
 )
 def test_a_flag_that_is_not_understood(told, script, argv, says):
-    error = told(script, *argv)
+    error = told(script, *argv, line=argv[0] in ("llama9", "--batch_size"))
     assert all(part in error for part in says), error
 
 
 @pytest.mark.parametrize("flag", ["advantage", "kl_in", "value_norm"])
 def test_a_value_that_a_flag_does_not_take(told, flag):
-    error = told("gvm" if flag == "value_norm" else "dvpo", f"--{flag}", "other")
+    error = told("gvm" if flag == "value_norm" else "dvpo", f"--{flag}", "other", line=False)
     choices = {"advantage": ("q", "q_minus_v", "gae"), "kl_in": ("reward", "loss"), "value_norm": ("none", "batch")}
     assert f"--{flag}" in error and all(f"'{choice}'" in error for choice in choices[flag])
 
@@ -294,15 +310,16 @@ def test_a_bad_row_is_named_with_file_row_and_field(told, home, tmp_path, script
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("absent.jsonl", None, "does not exist"),
-        ("a.jsonl", b'{"prompt": "how"}\n{"prompt": "h', "row 2"),
-        ("a.jsonl", b'{"prompt": "how"}\n\n["how"]\n', "row 3"),
-        ("a.json", b'[{"prompt": "how"}', "mend"),
+        ("absent.jsonl", None, "cannot be read"),
+        # Arrow counts from 0, and only lines that hold any
+        ("a.jsonl", b'{"prompt": "how"}\n{"prompt": "h', "in row 1"),
+        ("a.jsonl", b'{"prompt": "how"}\n\n["how"]\n', "in row 1"),
+        ("a.json", b'[{"prompt": "how"}', "cannot be read"),
         ("a.jsonl", b"\xff\xfe", "UTF-8"),
         ("a.jsonl.gz", b"plain text", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "how"}' * 9)[:-12], "cannot be read"),
         ("a.parquet", b"plain text", "cannot be read"),
-        ("a.jsonl", b"", "0 prompts"),
+        ("a.jsonl", b"", "it is empty"),
     ],
 )
 def test_a_file_that_cannot_be_read(told, home, tmp_path, name, content, says):
@@ -315,7 +332,7 @@ def test_a_file_that_cannot_be_read(told, home, tmp_path, name, content, says):
 @pytest.mark.parametrize("script", FIRST)
 def test_a_prompt_that_is_too_long(told, home, script):
     error = told(script, *start(home, script), "--max_prompt_tokens", "3")
-    assert all(part in error for part in ("toy row 1:", "prompt", "--max_prompt_tokens 3", "--drop_long_prompts"))
+    assert all(part in error for part in ("toy row 1:", "prompt", "--max_prompt_tokens 3", "--skip_bad_rows"))
 
 
 @pytest.mark.parametrize("script", FIRST)
@@ -338,7 +355,7 @@ WRONG = [  # script, flags with {home}, what the message says
     ("dvpo", "", "runs/sft/final is not a model folder: run `python sft.py` first"),
     ("dvpo", "--policy {home}/policy", "runs/gvm/final is not a model folder: run `python gvm.py` first"),
     ("sft", "--model {home}", "not a model folder"),
-    ("sft", "--model {home}/no_template --chat_template {home}/absent.jinja", "--chat_template"),
+    ("sft", "--model {home}/no_template --chat_template {home}/absent.jinja", "absent.jinja"),
     ("sft", "--split train[1]", "--split"),
     ("sft", "--model {home}/policy --split train[:0]", "no row"),
     ("rm", "--model {home}/policy --split train[:0]", "nothing to learn"),
@@ -354,7 +371,7 @@ WRONG = [  # script, flags with {home}, what the message says
     ("ppo", "", "runs/sft/final is not a model folder: run `python sft.py` first"),
     ("ppo", "--policy {home}/policy", "runs/rm/final is not a model folder: run `python rm.py` first"),
     ("ppo", "--policy {home}/policy --reward_model {home}/gvm", "not a reward model"),
-    ("ppo", "--policy {home}/policy --reward_model gold --data absent.jsonl", "--reward_model gold"),
+    ("ppo", "--policy {home}/policy --reward_model gold --data absent.jsonl", "absent.jsonl (train) cannot be read"),
     ("ppo", "--policy {home}/policy --reward_model {home}/rm --critic {home}/other_tokens", "tokenizers"),
     ("ppo", "--policy {home}/policy --reward_model {home}/rm --critic {home}", "not a model folder"),
     ("ppo", "--policy {home}/policy --reward_model {home}/rm --best_of 0", "--best_of 0"),
@@ -371,11 +388,29 @@ def test_what_does_not_fit_together(told, home, script, flags, says):
     assert says in told(script, *flags.format(home=home).split())
 
 
-def test_of_several_processes_one_speaks(capfd, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize("script", ["ppo", "reinforce"])
+def test_gold_of_another_prompt_is_told(home, tmp_path, capfd, script):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"who is it ? {i}"}) + "\n" for i in range(4)))
+    flags = ["--policy", str(home / "policy"), "--reward_model", "gold", "--data", str(tmp_path / "p.jsonl")]
+    sizes = ["--rollout_batch_size", "4", "--batch_size", "4", "--max_response_tokens", "4"]
     with pytest.raises(SystemExit) as ended:
-        sft.main(["llama9"])
-    assert ended.value.code == 2 and capfd.readouterr() == ("", "")
+        SCRIPTS[script].main([*flags, *sizes, "--output_dir", str(tmp_path / "out")])
+    error = capfd.readouterr().err
+    assert ended.value.code == 2 and "error: --reward_model gold scores prompts of the toy world only" in error, error
+
+
+def test_of_several_processes_one_speaks(capfd, monkeypatch, tmp_path):
+    """A wrong flag is the first rank's to tell; all else is told by torchrun, from the file that it names."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for argv in (["--stepz", "3"], ["llama9"]):
+        assert not (tmp_path / "error.json").exists()
+        with pytest.raises(SystemExit) as ended:
+            sft.main(argv)
+        assert ended.value.code == 2 and capfd.readouterr() == ("", "")
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert message["message"].startswith("unknown preset 'llama9'")
+    assert message["extraInfo"]["py_callstack"] == f"error: {message['message']}"
 
 
 def test_an_earlier_run_is_moved_aside_and_kept(home, tmp_path, capfd):

@@ -181,7 +181,7 @@ def test_the_24_policies(tmp_path, monkeypatch):
     monkeypatch.setattr(gvm, "predict", predict)
     found = value_accuracy.main([
         "--gvm", folder, "--data", str(DATA), "--split", "train[:12]", "--max_response_tokens", "48",
-        "--max_prompt_tokens", "400", "--drop_long_prompts", "--output", str(tmp_path / "o.json"),
+        "--max_prompt_tokens", "400", "--skip_bad_rows", "--output", str(tmp_path / "o.json"),
     ])  # fmt: skip
     assert len(seen) == 24 * found["prompts"] and found["prompts"] > 4 and "calibration" not in found
     percentiles = {"mean": np.mean} | {f"P{p}": lambda x, p=p: np.percentile(x, p) for p in (1, 5, 10, 90, 95, 99)}

@@ -217,13 +217,13 @@ def test_calibration_is_0_at_the_optimum_of_each_form(home):
 
 # -------------------------------------------------------------------------------------------------------------- mistakes
 MISTAKES = [
-    ([{"prompt": "is the soup any good ?", "completion": "it is ."}], "graded rows are needed"),
+    ([{"prompt": "is the soup any good ?", "completion": "it is ."}], "no field responses"),
     ([{"prompt": "is the soup any good ?", "responses": [{"text": "it is .", "score": 1}]}], "two responses or more"),
     (
         [{"prompt": "is the soup any good ?", "responses": [{"text": "it is .", "score": math.inf}] * 2}],
         "not a finite number",
     ),
-    ([{"prompt": "is the soup any good ?", "responses": [{"text": "it is ."}] * 2}], "field score is None"),
+    ([{"prompt": "is the soup any good ?", "responses": [{"text": "it is ."}] * 2}], "field score is missing"),
     ([{"responses": [{"text": "it is .", "score": 1}, {"text": "no", "score": 2}]}], "field prompt is missing"),
     (
         [{"prompt": "is the soup any good ?", "responses": [{"text": "it is .", "score": "5"}] * 2}],

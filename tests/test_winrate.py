@@ -71,8 +71,11 @@ def test_read(tmp_path, capsys):
     stopped(capsys, lambda: samples.read(str(tmp_path / "s.jsonl"), "z"), "policy z", "x, y")
     stopped(capsys, lambda: samples.read(write(tmp_path / "t.jsonl", [{"prompt": "p"}])), "row 1", "responses")
     stopped(capsys, lambda: samples.read(write(tmp_path / "u.jsonl", [{"completion": "p"}])), "row 1", "prompt")
-    stopped(capsys, lambda: samples.read(str(tmp_path / "v.jsonl")), "does not exist")
-    stopped(capsys, lambda: winrate.main(["--a", "x", "--nonsense", "1"]), "--help")
+    stopped(capsys, lambda: samples.read(str(tmp_path / "v.jsonl")), "cannot be read")
+    with pytest.raises(SystemExit) as error:
+        winrate.main(["--a", "x", "--b", "y", "--nonsense", "1"])
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and "--nonsense" in said and "--help" in said and "Traceback" not in said
 
 
 def test_a_model_is_sampled(tmp_path, capsys):
