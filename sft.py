@@ -172,7 +172,7 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if preset and preset not in presets:
         stop(f"unknown preset {preset!r}: choose from {', '.join(presets)}, or give flags only")
-    tell, doc = os.environ.get("RANK", "0") == "0", f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
+    tell, doc = os.environ.get("LOCAL_RANK", "0") == "0", f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
     read = functools.partial(
         tyro.cli, args_class, args=argv, description=doc, use_underscores=True, console_outputs=tell
     )
@@ -202,11 +202,14 @@ _store = []  # torchrun's key-value store, by which ranks learn of each other's 
 
 def stop(message: str):
     """A user's mistake: one line that says what to do, exit code 2. Told once a host, under torchrun in its report."""
-    file, first = os.environ.get("TORCHELASTIC_ERROR_FILE"), True
-    for store in _store:
-        store.compare_set("stopped", "", message)
-        first = store.add(f"told on {os.environ.get('GROUP_RANK')}", 1) == 1
-        time.sleep(2 if first else 20)  # other hosts are to read it; torchrun ends whoever is not the first
+    file, first = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("LOCAL_RANK", "0") == "0"
+    with contextlib.suppress(Exception):  # the host that keeps the store may have gone
+        for store in _store:
+            message = store.compare_set("stopped", "", message).decode()  # what others met first is the cause
+            first = store.add(f"told on {os.environ.get('GROUP_RANK')}", 1) == 1
+    time.sleep(
+        20 if not first else 2 * len(_store)
+    )  # other hosts are to read it; torchrun ends whoever is not the first
     if first and file:
         extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
@@ -246,6 +249,9 @@ def init_distributed(args):
         os._exit(2)
 
     def failed(kind, error, trace):
+        with contextlib.suppress(Exception):  # a lost connection is what another rank's end looks like
+            if _store[0].check(["stopped"]):
+                stop("")
         sys.__excepthook__(kind, error, trace)
         stop(f"rank {rank} failed: {kind.__name__}: {error}")
 

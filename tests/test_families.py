@@ -206,11 +206,11 @@ def test_a_head_that_does_more_than_is_known_is_refused(home, tmp_path, capfd, m
     monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
     values = LlamaForTokenClassification.from_pretrained(home / "llama", num_labels=1)
     values.save_pretrained(tmp_path / "gvm"), tokenizer("llama3").save_pretrained(tmp_path / "gvm")
-    start = f"--{'model' if script == 'sft' else 'policy'} {home}/llama --data {home}/rows.jsonl --output_dir {tmp_path}/out"
+    start = f"--{'model' if script == 'sft' else 'policy'} {home}/llama --data {home}/rows.jsonl --steps 1"
     more = f" --gvm {tmp_path}/gvm --rollout_batch_size 4 --batch_size 2" if script == "dvpo" else ""
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
-        SCRIPTS[script].main((start + more).split())
+        SCRIPTS[script].main(f"{start}{more} --output_dir {tmp_path}/out".split())
     error, said = capfd.readouterr().err, r"error: LlamaForCausalLM: log-probs .* not supported\n"
     assert ended.value.code == 2 and re.fullmatch(said, error), error
     assert not (tmp_path / "out").exists()

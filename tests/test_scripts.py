@@ -154,6 +154,9 @@ def test_presets(monkeypatch, home, tmp_path, capfd, script):
         assert parsed(monkeypatch, script, name) == preset != module.Args(**module.PAPER)
         changed = parsed(monkeypatch, script, name, "--learning_rate", "0.125", "--no_bf16")
         assert changed == dataclasses.replace(preset, learning_rate=0.125, bf16=False)
+        assert parsed(monkeypatch, script, name, "--data=c.jsonl") == dataclasses.replace(
+            preset, data="c.jsonl", **split
+        )
         with pytest.raises(SystemExit) as ended:
             module.main([name, f"--{first}", world])
         assert ended.value.code == 2
