@@ -239,7 +239,7 @@ class TextReward:
         # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
         self.limit = getattr(config, "max_position_embeddings", None) or 10**9
         part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
-        self.limits = SimpleNamespace(max_prompt_tokens=part, max_response_tokens=part, drop_long_prompts=False)
+        self.limits = SimpleNamespace(max_prompt_tokens=part, max_response_tokens=part)
 
     def __call__(self, prompts: list, texts: list[str], complete: list[bool], batch_size: int = 64) -> list[float]:
         """One score per (prompt: string or messages, text); `complete` tells which texts came to an EOS."""
@@ -475,6 +475,8 @@ def train(args: Args) -> Path:
             f"(--rollout_batch_size {args.rollout_batch_size}, {n} responses each)"
         )
 
+    if args.reward_model == "gold":  # prompts of other worlds are told before anything is written
+        reward([messages for _, messages in questions], [""] * len(questions), [True] * len(questions))
     torch.manual_seed(args.seed)
     model = load_model("causal", args.policy, tokenizer, args)
     model = add_lora(model, args) if args.lora_r else model
@@ -905,7 +907,8 @@ def control_tokens(tokenizer) -> tuple[int, dict[str, int]]:
     behind = tokenizer(text.rpartition(MARK)[2], add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
     end = next((i for i in behind if i in added), tokenizer.eos_token_id)
-    return end, {token.content: i for i, token in added.items() if token.special or i == end}
+    written = lambda token: token.content.strip() and token.content in text  # by the template: special in all but name
+    return end, {token.content: i for i, token in added.items() if token.special or i == end or written(token)}
 
 
 # Copied from sft.text_ids
@@ -1041,7 +1044,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         if chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
     except (OSError, ValueError) as error:
-        stop(f"cannot load a tokenizer from {name!r} {chat_template}: {error}".split("\n")[0])
+        told = f" with --chat_template {chat_template}" if chat_template else ""
+        stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
         stop(
             f"{name} has no chat template: train it with `python sft.py --model {name} --chat_template plain` (or a file)"

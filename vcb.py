@@ -678,7 +678,8 @@ def control_tokens(tokenizer) -> tuple[int, dict[str, int]]:
     behind = tokenizer(text.rpartition(MARK)[2], add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
     end = next((i for i in behind if i in added), tokenizer.eos_token_id)
-    return end, {token.content: i for i, token in added.items() if token.special or i == end}
+    written = lambda token: token.content.strip() and token.content in text  # by the template: special in all but name
+    return end, {token.content: i for i, token in added.items() if token.special or i == end or written(token)}
 
 
 # Copied from sft.text_ids
@@ -814,7 +815,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         if chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
     except (OSError, ValueError) as error:
-        stop(f"cannot load a tokenizer from {name!r} {chat_template}: {error}".split("\n")[0])
+        told = f" with --chat_template {chat_template}" if chat_template else ""
+        stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
         stop(
             f"{name} has no chat template: train it with `python sft.py --model {name} --chat_template plain` (or a file)"

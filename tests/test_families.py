@@ -280,6 +280,8 @@ def run(script, folder, *flags, family=""):
     assert auto.__name__.startswith("AutoModelFor") == (family not in NO_CLASS.get(script, ()))
     model, loading = auto.from_pretrained(folder / "final", output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+    start = transformers.AutoModel.from_pretrained(flags[1])  # whose weights were not left behind
+    assert torch.allclose(*(x.get_input_embeddings().weight for x in (start, model)), atol=0.05)
     after = stock_outputs(model.eval(), script, rows)
     assert float(after.std()) > 0.02 and torch.allclose(after, before[0], atol=1e-4, rtol=1e-4)
     assert (folder / "final" / "adapter").is_dir() == (script in KIND and "--lora_r" not in flags)

@@ -1,14 +1,12 @@
 """Several ranks and hosts: how a run ends when one of them fails; bf16 and ZeRO: precisions, models built in parts.
 
 A host is a torchrun agent here: two of them on this machine, each in a folder of its own, are two hosts that share nothing.
-`torchrun ... tests/test_ranks.py CASE ...` is the helper process: a script in which something goes wrong on one rank, or
-many small runs in one start.
+`torchrun ... tests/test_ranks.py CASE HOME` is the helper process with many small runs in one start.
 """
 
 import functools
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -78,33 +76,43 @@ def tracebacks(text):
     return text.count("Traceback") - 1
 
 
-def fails_main(kind: str, rank: str, note: str, *flags: str):
-    """sft.py, in which something goes wrong on one rank; `note` gets the time."""
-    here = os.environ["RANK"] == rank
+FAILS = """
+import os, signal, sys, time
+from pathlib import Path
 
-    def load(*_):
-        time.sleep(3)  # the others wait for this rank in a collective by now
-        Path(note).write_text(str(time.time()))
-        if kind == "power":  # the host is gone, and with it all that it keeps
-            os.kill(os.getppid(), signal.SIGKILL), os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "mistake":
-            sft.stop("name another model")
-        raise RuntimeError("the disk is on fire")
+sys.path.insert(0, sys.argv[1])
+import sft
 
-    if kind == "flags":
-        time.sleep(2 * here)  # a rank that comes late
-        Path(note).write_text(str(time.time()))
-    elif here:
-        sft.load_model = load
-    elif kind == "power":
-        sft.load_model = lambda *_: time.sleep(300)  # at work, so that no collective tells it
-    sft.main([*TINY_RUN, *flags])
+kind, rank, note, *flags = sys.argv[2:]
+here = os.environ["RANK"] == rank
+
+
+def load(*_):
+    time.sleep(3)  # the others wait for this rank in a collective by now
+    Path(note).write_text(str(time.time()))
+    if kind == "power":  # the host is gone, and with it all that it keeps
+        os.kill(os.getppid(), signal.SIGKILL), os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "mistake":
+        sft.stop("name another model")
+    raise RuntimeError("the disk is on fire")
+
+
+if kind == "flags":
+    time.sleep(2 * here)  # a rank that comes late
+    Path(note).write_text(str(time.time()))
+elif here:
+    sft.load_model = load
+elif kind == "power":
+    sft.load_model = lambda *_: time.sleep(300)  # at work, so that no collective tells it
+sft.main(flags)
+"""
 
 
 def fail(folders, kind, rank, flags="", ranks=1):
-    """[(exit code, output, seconds from failure to end), ...]"""
-    note = folders[0].with_name("note")
-    found = torchrun(folders, "tests/test_ranks.py", kind, rank, note, *flags.split(), ranks=ranks)
+    """sft.py, in which something goes wrong on one rank: [(exit code, output, seconds from failure to end), ...]"""
+    note, script = (folders[0].with_name(name) for name in ("note", "fails.py"))
+    script.write_text(FAILS)
+    found = torchrun(folders, script, ROOT, kind, rank, note, *TINY_RUN, *flags.split(), ranks=ranks)
     return [(code, text, end - float(note.read_text())) for code, text, end in found]
 
 
@@ -330,7 +338,4 @@ def test_the_first_update_in_bf16_on_two_ranks_has_full_size(home, core, tmp_pat
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in RUNS:
-        ranks_main(Path(sys.argv[2]), sys.argv[1])
-    else:
-        fails_main(*sys.argv[1:])
+    ranks_main(Path(sys.argv[2]), sys.argv[1])

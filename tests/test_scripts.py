@@ -403,15 +403,18 @@ def test_gold_of_another_prompt_is_told(home, tmp_path, capfd, script):
 
 
 def test_of_several_processes_one_speaks(capfd, monkeypatch, tmp_path):
-    """A wrong flag is the first rank's to tell; all else is told by torchrun, from the file that it names."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    for argv in (["--stepz", "3"], ["llama9"]):
-        assert not (tmp_path / "error.json").exists()
+    """The first on each host: of a flag by tyro, of all else by torchrun, from the file that it names."""
+    told = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
+    monkeypatch.setattr(sft.time, "sleep", lambda _: None)  # in which torchrun ends the others
+    for rank, argv in (("1", ["--stepz", "3"]), ("1", ["llama9"]), ("0", ["llama9"])):
+        assert not told.exists()
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as ended:
             sft.main(argv)
         assert ended.value.code == 2 and capfd.readouterr() == ("", "")
-    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    message = json.loads(told.read_text())["message"]
     assert message["message"].startswith("unknown preset 'llama9'")
     assert message["extraInfo"]["py_callstack"] == f"error: {message['message']}"
 
