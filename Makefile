@@ -36,10 +36,10 @@ demo-all: $(DEMO)/report.html  ## of the demo that is there, or a new one: and t
 	$(PY) eval/report.py $(DEMO)
 
 test: .venv/done
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-all: .venv/done  ## and every family, precision and ZeRO stage through every script
-	$(PY) -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
 lint: .venv/done
 	.venv/bin/ruff check .
