@@ -53,7 +53,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from kernels import logit_gap, model_class, patch_head, read_head
+from kernels import head_name, logit_gap, model_class, patch_head, read_head
 
 
 @dataclass
@@ -233,13 +233,9 @@ def graded(row: dict) -> list[dict]:
 # Copied from rm.encode_graded
 def encode_graded(tokenizer, row: dict, args):
     """(prompt ids, [response ids], scores) of a graded row or a pair; ValueError if it cannot be used."""
-    responses = graded(row)
+    found = [(response_ids(tokenizer, r.get("text"), args), float(r["score"])) for r in graded(row)]
     prompt, _ = encode(tokenizer, row, None, args)
-    return (
-        prompt,
-        [response_ids(tokenizer, r.get("text"), args) for r in responses],
-        [float(r["score"]) for r in responses],
-    )
+    return prompt, [ids for ids, _ in found], [score for _, score in found]
 
 
 # Copied from vcb.load_groups
@@ -585,9 +581,8 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     if preset and preset not in presets:
         stop(f"unknown preset {preset!r}: choose from {', '.join(presets)}, or give flags only")
     tell, doc = os.environ.get("LOCAL_RANK", "0") == "0", f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
-    read = functools.partial(
-        tyro.cli, args_class, args=argv, description=doc, use_underscores=True, console_outputs=tell
-    )
+    common = {"args": argv, "description": doc, "use_underscores": True, "console_outputs": tell}
+    read = functools.partial(tyro.cli, args_class, **common)
     paper = paper | presets.get(preset, {})
     if any(word.split("=")[0] == "--data" for word in argv):  # a share of the paper's data is none of yours
         paper.pop("split", None)
@@ -1088,6 +1083,8 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, control_tokens(tokenizer)[0]}
         settings = {"eos_token_id": sorted(ends - {None}), "pad_token_id": tokenizer.pad_token_id}
         model.generation_config = transformers.GenerationConfig(**settings)
+    if frozen and kind != "causal" and getattr(args, "zero_stage", 0) < 3:
+        getattr(model, head_name(model)).float()  # the one number that it gives is not rounded to bf16
     if not frozen and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.requires_grad_(False).eval() if frozen else model

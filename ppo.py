@@ -139,10 +139,9 @@ class Args:
     """allow code that comes with a hub model"""
 
 
-PAPER = {  # what a flag that is not given means for any model but toy.py's; steps, rollouts and epochs of the
-    # comparison in the DVPO paper (Table 3), which names no rate of the critic
-    "data": "openbmb/UltraFeedback", "split": "train[80%:]", "steps": 600, "learning_rate": 2e-6,
-    "critic_learning_rate": 9e-6,
+PAPER = {  # what a flag that is not given means for any model but toy.py's:
+    # steps, rollouts and epochs of the comparison in the DVPO paper (Table 3), which names no rate of the critic
+    "data": "openbmb/UltraFeedback", "split": "train[80%:]", "steps": 600, "learning_rate": 2e-6, "critic_learning_rate": 9e-6,
     "micro_batch_size": 2, "ppo_epochs": 4, "kl_coef": 0.2, "kl_target": 0.1, "max_prompt_tokens": 1024,
     "max_response_tokens": 1024,
 }  # fmt: skip
@@ -654,9 +653,8 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     if preset and preset not in presets:
         stop(f"unknown preset {preset!r}: choose from {', '.join(presets)}, or give flags only")
     tell, doc = os.environ.get("LOCAL_RANK", "0") == "0", f"{doc}\n\nPresets (first argument): {', '.join(presets)}"
-    read = functools.partial(
-        tyro.cli, args_class, args=argv, description=doc, use_underscores=True, console_outputs=tell
-    )
+    common = {"args": argv, "description": doc, "use_underscores": True, "console_outputs": tell}
+    read = functools.partial(tyro.cli, args_class, **common)
     paper = paper | presets.get(preset, {})
     if any(word.split("=")[0] == "--data" for word in argv):  # a share of the paper's data is none of yours
         paper.pop("split", None)
@@ -1157,6 +1155,8 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, control_tokens(tokenizer)[0]}
         settings = {"eos_token_id": sorted(ends - {None}), "pad_token_id": tokenizer.pad_token_id}
         model.generation_config = transformers.GenerationConfig(**settings)
+    if frozen and kind != "causal" and getattr(args, "zero_stage", 0) < 3:
+        getattr(model, head_name(model)).float()  # the one number that it gives is not rounded to bf16
     if not frozen and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.requires_grad_(False).eval() if frozen else model

@@ -319,7 +319,7 @@ def test_a_deberta_reward_model_grades_a_gpt_neox_policy(home, tmp_path, flags):
 
 
 # --------------------------------------------------------------------------------------------------------- end of a turn
-LIMITS = SimpleNamespace(max_prompt_tokens=500, max_response_tokens=500, drop_long_prompts=False)
+LIMITS = SimpleNamespace(max_prompt_tokens=500, max_response_tokens=500)
 KNOWS_SYSTEM = [style for style in TEMPLATES if style not in ("gemma", "mistral")]
 
 
