@@ -719,10 +719,8 @@ def read_data(name: str, split: str, kind: str, seed: int = 0):
         numbers = [i for i, of in enumerate(raw["split"]) if of in (None, part[1])]
     if part[3] or part[5]:  # shares of data that may be sorted by source: the same shuffle in every script
         numbers = [numbers[i] for i in shuffled(len(numbers), 0, "split")]
-    unit = {"%": len(numbers) / 100, "": 1}
-    numbers = numbers[
-        int(int(part[2] or 0) * unit[part[3] or ""]) : int(int(part[4]) * unit[part[5]]) if part[4] else None
-    ]
+    count = lambda n, sign: int(int(n) * len(numbers) / 100) if sign else int(n)
+    numbers = numbers[count(part[2] or 0, part[3]) : count(part[4], part[5]) if part[4] else None]
     return raw.select(numbers), numbers
 
 
@@ -805,9 +803,8 @@ def canonical(row: dict) -> dict:
             raise ValueError(f"field {field} is not a list of {{text, score, policy}}")
     if "completions" in row:
         grade = lambda c: c.get("overall_score") if c.get("fine-grained_score") is None else c["fine-grained_score"]
-        row["responses"] = [
-            {"text": c.get("response"), "score": grade(c), "policy": c.get("model")} for c in row["completions"]
-        ]
+        found = row["completions"]
+        row["responses"] = [{"text": c.get("response"), "score": grade(c), "policy": c.get("model")} for c in found]
     scores = [response.get("score") for response in row.get("responses", [])]
     for score in scores:
         if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
@@ -957,9 +954,7 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
-        stop(
-            f"{name} has no chat template: train it with `python sft.py --model {name} --chat_template plain` (or a file)"
-        )
+        stop(f"{name} has no chat template: train it with `sft.py --model {name} --chat_template plain` (or a file)")
     if chat and tokenizer.eos_token_id is None:
         stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:

@@ -331,10 +331,8 @@ def read_data(name: str, split: str, kind: str, seed: int = 0):
         numbers = [i for i, of in enumerate(raw["split"]) if of in (None, part[1])]
     if part[3] or part[5]:  # shares of data that may be sorted by source: the same shuffle in every script
         numbers = [numbers[i] for i in shuffled(len(numbers), 0, "split")]
-    unit = {"%": len(numbers) / 100, "": 1}
-    numbers = numbers[
-        int(int(part[2] or 0) * unit[part[3] or ""]) : int(int(part[4]) * unit[part[5]]) if part[4] else None
-    ]
+    count = lambda n, sign: int(int(n) * len(numbers) / 100) if sign else int(n)
+    numbers = numbers[count(part[2] or 0, part[3]) : count(part[4], part[5]) if part[4] else None]
     return raw.select(numbers), numbers
 
 
@@ -415,9 +413,8 @@ def canonical(row: dict) -> dict:
             raise ValueError(f"field {field} is not a list of {{text, score, policy}}")
     if "completions" in row:
         grade = lambda c: c.get("overall_score") if c.get("fine-grained_score") is None else c["fine-grained_score"]
-        row["responses"] = [
-            {"text": c.get("response"), "score": grade(c), "policy": c.get("model")} for c in row["completions"]
-        ]
+        found = row["completions"]
+        row["responses"] = [{"text": c.get("response"), "score": grade(c), "policy": c.get("model")} for c in found]
     scores = [response.get("score") for response in row.get("responses", [])]
     for score in scores:
         if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
@@ -582,9 +579,7 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
-        stop(
-            f"{name} has no chat template: train it with `python sft.py --model {name} --chat_template plain` (or a file)"
-        )
+        stop(f"{name} has no chat template: train it with `sft.py --model {name} --chat_template plain` (or a file)")
     if chat and tokenizer.eos_token_id is None:
         stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -787,16 +782,9 @@ class Run:
 
     def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
-        self.started, self.bar_keys, self.world, self.step, self.pending, self.state = (
-            started,
-            bar,
-            engine.world,
-            0,
-            [],
-            {},
-        )
+        self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
+        self.settings, self.pending, self.state = getattr(args, "settings", ""), [], {}
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
-        self.settings = getattr(args, "settings", "as in the code")
         if rank == 0:
             if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
                 aside = next(p for p in (Path(f"{self.folder}.{i}") for i in range(1, 10**6)) if not p.exists())
@@ -807,9 +795,7 @@ class Run:
             (self.folder / "token").write_text(token)
         token, seen = gather_lists([token], self.world)[0], self.folder / "token"
         if not any((seen.is_file() and seen.read_text() == token) or time.sleep(1) for _ in range(5)):
-            stop(
-                f"--output_dir {self.folder} is not one folder for all hosts: name one on a file system that they share"
-            )
+            stop(f"--output_dir {self.folder} is not one folder for all hosts: name one on a file system of all")
         gather_lists([], self.world)
         name, of = Path(sys.argv[0]).stem, getattr(args, "model", None) or args.policy
         pause = 0.2 if sys.stderr.isatty() else 30  # seconds between drawings: a log file wants few
@@ -898,14 +884,8 @@ class Run:
         self.write(self.folder / "final", merge=True)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory
-        seconds = round(time.time() - self.started, 1)
-        summary = {
-            "steps": self.step,
-            "seconds": seconds,
-            "peak_memory_mb": round(memory / 2**20),
-            **summary,
-            "settings": self.settings,
-        }
+        spent = {"seconds": round(time.time() - self.started, 1), "peak_memory_mb": round(memory / 2**20)}
+        summary = {"steps": self.step, **spent, **summary, "settings": self.settings}
         self.bar.close()
         if self.rank == 0:
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
