@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -53,7 +54,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from kernels import head_name, logit_gap, model_class, normalize_values, patch_head, read_head
+from kernels import (
+    head_name,
+    hidden_states,
+    keyed_gumbel,
+    logit_gap,
+    model_class,
+    normalize_values,
+    packing_gap,
+    patch_head,
+    read_head,
+)
 
 
 @dataclass
@@ -86,8 +97,10 @@ class Args:
     """responses per rollout, over all ranks (paper: 8 per GPU)"""
     batch_size: int = 32
     """responses per optimizer step, over all ranks (paper: minibatch 2 x accumulation 2, per GPU)"""
-    micro_batch_size: int = 64
-    """responses per forward pass on one rank, in scoring and in training"""
+    micro_tokens: int = 4096
+    """tokens per forward pass on one rank, in scoring and in training; a longer sequence is a pass of its own"""
+    padding: bool = False
+    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
     ppo_epochs: int = 2
     """passes over each rollout (paper: 4)"""
     clip: float = 0.2
@@ -106,6 +119,12 @@ class Args:
     """adapt beta towards this KL per sequence, in nats (paper: 0.1); 0 keeps beta fixed"""
     kl_horizon: float = 10000.0
     """episodes over which the adaptive beta moves"""
+    rollout: Literal["generate", "graph", "generate_batch", "vllm"] = "generate"
+    """transformers' generate, or with a captured decoding step (CUDA), or continuous batching; or vLLM (to be installed)"""
+    cache_gb: float = 8.0
+    """GB of keys and values that generate_batch and vllm may hold"""
+    tis_cap: float = 0.0
+    """weigh tokens by pi_old / pi_engine, up to this, where the engine's log-probs differ (logp_gap_*); 0 does not (usual: 2)"""
     temperature: float = 1.0
     """sampling temperature; all log-probs are of logits / temperature. No top-k or top-p: they would bias the ratio"""
     tau_pairs: int = -1
@@ -138,7 +157,7 @@ class Args:
 
 PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings
     "data": "openbmb/UltraFeedback", "split": "train[80%:]", "steps": 450, "learning_rate": 2e-6,
-    "micro_batch_size": 2, "ppo_epochs": 4, "advantage": "q", "kl_coef": 0.2, "kl_target": 0.1, "max_prompt_tokens": 1024,
+    "ppo_epochs": 4, "advantage": "q", "kl_coef": 0.2, "kl_target": 0.1, "max_prompt_tokens": 1024,
     "max_response_tokens": 1024,
 }  # fmt: skip
 _gpus = {"gradient_checkpointing": True, "bf16": True, "zero_stage": 1, "save_every": 50}
@@ -201,6 +220,12 @@ def dvpo_loss(logp, old_logp, advantage, mask, normalizer, *, clip: float = 0.2)
     unclipped, clipped = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
     loss = -(torch.minimum(unclipped, clipped) * mask).sum() / normalizer
     return loss, ((clipped < unclipped) & mask).sum()
+
+
+def truncated_weights(old_logp, sampled_logp, mask, cap: float):
+    """(R, T) min(pi_old / pi_engine, cap): a token's weight in the loss where the engine that drew it computes slightly other
+    probabilities than training (truncated importance sampling, Yao et al. 2025, for rollout engines). cap 0: no correction."""
+    return torch.exp((old_logp - sampled_logp) * mask).clamp(max=cap) if cap else mask.float()
 
 
 def kl_loss(logp, ref_logp, mask, normalizer):
@@ -280,32 +305,28 @@ def render(tokenizer, group: list[Answer], tau_tokens: int) -> list[tuple[list[i
 class ValueBatch(NamedTuple):
     """Conversations in rows of input_ids, and where the values of R responses are read."""
 
-    input_ids: torch.Tensor  # (B, L), right-padded: a causal model needs no mask
+    input_ids: torch.Tensor  # (B, L): a causal model needs no mask for what fills a row on the right
+    position_ids: torch.Tensor | None  # (B, L), from 0 in each conversation; None where each has a row
     position: torch.Tensor  # (R, T+1) flat positions in (B, L): last prompt token, y_1 .. y_T; 0 where masked
     mask: torch.Tensor  # (R, T+1) bool
 
 
 # Copied from gvm.collate_values
-def collate_values(
-    rows: list[list[tuple[list[int], list[int]]]], pad_token_id: int, every: bool, device=None
-) -> ValueBatch:
+def collate_values(rows: list[list[tuple]], pad_token_id: int, every: bool, device=None, args=None) -> ValueBatch:
     """rows of (prompt ids, response ids) turns; values of `every` answer, or of each row's last."""
-    spans, length = [], max(sum(len(p) + len(r) for p, r in turns) for turns in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id)
-    for i, turns in enumerate(rows):
-        ids = []
+    sequences = [[token for turn in turns for part in turn for token in part] for turns in rows]
+    ids, positions, starts = lay_out(sequences, pad_token_id, args)
+    spans = []
+    for at, turns in zip(starts, rows, strict=True):
         for j, (prompt, response) in enumerate(turns):
-            ids += prompt
             if every or j == len(turns) - 1:
-                spans.append((i * length + len(ids) - 1, len(response)))
-            ids += response
-        input_ids[i, : len(ids)] = torch.tensor(ids)
+                spans.append((at + len(prompt) - 1, len(response)))
+            at += len(prompt) + len(response)
     offset = torch.arange(1 + max(size for _, size in spans))
     start, size = torch.tensor(spans).T[:, :, None]
     mask = (offset <= size) & (size > 0)
-    return ValueBatch(
-        *(x.to(device, non_blocking=True) for x in (input_ids, torch.where(mask, start + offset, 0), mask))
-    )
+    parts = ids, positions, torch.where(mask, start + offset, 0), mask
+    return ValueBatch(*(x if x is None else x.to(device, non_blocking=True) for x in parts))
 
 
 # Copied from gvm.ValueModel
@@ -317,40 +338,55 @@ class ValueModel(torch.nn.Module):
         self.model = model
 
     def forward(self, batch: ValueBatch):
-        values = read_head(plain(self.model), batch.input_ids, batch.position.flatten())
+        values = read_head(plain(self.model), batch.input_ids, batch.position_ids, batch.position.flatten())
         return values.view(batch.position.shape) * batch.mask
 
 
 # ----------------------------------------------------------------------------------------------------------- rollout
 
 
-class GumbelNoise:
-    """A logits processor under which greedy decoding samples exactly from softmax(logits / temperature).
+# Copied from sample.key_of
+def key_of(*what) -> int:
+    """A signed 64-bit key of anything that JSON can write."""
+    return int.from_bytes(hashlib.blake2b(json.dumps(what).encode(), digest_size=8).digest(), "big", signed=True)
 
-    Noise is drawn for the rollout's rows of all ranks and each rank takes its own, so a rollout does not depend on how
-    many ranks share it. The log-probs of what it samples are kept, to be compared with those that training computes."""
 
-    def __init__(self, seed: str, temperature: float, rows: slice, total: int, device):
-        self.generator = torch.Generator(device).manual_seed(random.Random(seed).getrandbits(62))
-        self.temperature, self.rows, self.total, self.logp = temperature, rows, total, []
+# Copied from sample.KeyedNoise
+class KeyedNoise:
+    """A logits processor under which greedy decoding is an exact sample of softmax(logits / temperature), cut by top-p.
+
+    What a row draws is a function of its key alone, so a sample does not depend on what else is in the batch, nor on the
+    number of ranks; a row whose key is None is decoded greedily. The log-probs of drawn tokens are kept."""
+
+    def __init__(self, keys: list, temperature: float, device, top_p: float = 1.0):
+        from transformers import TopPLogitsWarper
+
+        self.keys, self.temperature, self.logp = (
+            torch.tensor([key or 0 for key in keys], device=device),
+            temperature,
+            [],
+        )
+        self.greedy = torch.tensor([key is None for key in keys], device=device)[:, None]
+        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
 
     def __call__(self, input_ids, scores):
-        noise = torch.empty(self.total, scores.shape[-1], device=scores.device)
-        noise.exponential_(generator=self.generator)
         scores = scores.float() / self.temperature
-        noisy = scores - noise[self.rows].log()
-        token = noisy.argmax(-1, keepdim=True)
-        self.logp.append(scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True))
+        if self.top_p:
+            scores = self.top_p(input_ids, scores)
+        noisy = scores + keyed_gumbel(self.keys, len(self.logp) + 1, scores.shape[-1]).masked_fill(self.greedy, 0)
+        drawn = scores.gather(-1, noisy.argmax(-1, keepdim=True))
+        self.logp.append(drawn - scores.logsumexp(-1, keepdim=True))
         return noisy
 
-    def sampled(self, width: int):
-        """(rows, width) log-probs of the sampled tokens as generation computed them; they go on behind a row's end."""
-        return torch.nn.functional.pad(torch.cat(self.logp, 1), (0, width - len(self.logp)))
+    def sampled(self, responses: list[list[int]]) -> list[list[float]]:
+        """Log-probs of the responses' tokens as generation computed them."""
+        return [row[: len(r)] for row, r in zip(torch.cat(self.logp, 1).tolist(), responses, strict=True)]
 
 
 def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[list[int]]:
     """Response ids, with the EOS unless cut, of this rank's prompts (ids)."""
-    width = max(map(len, prompts))
+    captured = args.rollout == "graph"  # one shape for every rollout: it is compiled once
+    width = args.max_prompt_tokens if captured else max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(input_ids)
     for i, prompt in enumerate(prompts):  # generation needs padding on the left
@@ -360,6 +396,7 @@ def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[li
         out = model.generate(
             input_ids=input_ids.to(device), attention_mask=mask.to(device), logits_processor=[noise],
             max_new_tokens=args.max_response_tokens, do_sample=False, use_cache=True,
+            cache_implementation="static" if captured else None,
         )  # fmt: skip
     ends = engine.module.ends
     responses = []
@@ -384,6 +421,137 @@ def unwrapped(engine):
     module.train(training)
 
 
+# Copied from sample.Rollouts
+class Rollouts:
+    """Responses of the engine's policy by --rollout, each with the log-probs that its tokens were drawn at.
+
+    generate: transformers' loop. graph: the same with a cache of one shape, so that on CUDA the decoding step is compiled
+    and captured. generate_batch: transformers' continuous batching, where a response that ends makes room for the next.
+    vllm: in this process and on this rank's GPU; before a rollout it is given a policy in training, afterwards it sleeps.
+    The first two draw the same from the same keys on any number of ranks."""
+
+    def __init__(self, engine, tokenizer, args, device, top_p: float = 1.0, rank: int = 0):
+        self.engine, self.tokenizer, self.args, self.device, self.top_p = engine, tokenizer, args, device, top_p
+        self.ends, self.training = end_tokens(args.policy, tokenizer), getattr(engine, "optimizer", None) is not None
+        if args.rollout != "vllm":
+            return
+        try:
+            from vllm import LLM
+        except ImportError:
+            stop("--rollout vllm: vLLM is not installed. `pip install vllm`, or use another engine")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
+        self.llm = LLM(
+            args.policy, dtype="bfloat16" if args.bf16 else "float32", trust_remote_code=args.trust_remote_code,
+            max_model_len=args.max_prompt_tokens + args.max_response_tokens, kv_cache_memory_bytes=int(args.cache_gb * 1e9),
+            distributed_executor_backend="external_launcher" if dist.is_initialized() else None, seed=rank,
+            logprobs_mode="processed_logprobs", enable_sleep_mode=self.training,
+        )  # fmt: skip
+        if self.training:
+            self.llm.sleep(level=2)
+
+    def __call__(self, prompts: list[list[int]], keys: list) -> list[tuple[list[int], list[float]]]:
+        """keys: an integer for each prompt (a row of noise), or None for the most probable tokens."""
+        return getattr(self, "generate" if self.args.rollout == "graph" else self.args.rollout)(prompts, keys)
+
+    def generate(self, prompts, keys):
+        noise = KeyedNoise(keys, self.args.temperature, self.device, self.top_p)
+        responses = sample_responses(self.engine, prompts, noise, self.tokenizer, self.args, self.device)
+        return list(zip(responses, noise.sampled(responses), strict=True))
+
+    def generate_batch(self, prompts, keys):
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        greedy = [i for i, key in enumerate(keys) if key is None]
+        if 0 < len(greedy) < len(keys):  # one setting for all requests
+            found = [(), ()]
+            for kind in (True, False):
+                some = [i for i, key in enumerate(keys) if (key is None) == kind]
+                found[kind] = iter(self.generate_batch([prompts[i] for i in some], [keys[i] for i in some]))
+            return [next(found[key is None]) for key in keys]
+        args, config = self.args, plain(self.engine.module.model).config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        page = 256 * config.num_hidden_layers * 2 * heads * width * self.engine.module.model.dtype.itemsize  # bytes
+        pages = math.ceil((args.max_prompt_tokens + args.max_response_tokens) / 256)  # of one response
+        blocks = max(pages, min(pages * len(prompts), int(args.cache_gb * 1e9 / page))) + 1
+        settings = GenerationConfig(
+            do_sample=not greedy, temperature=args.temperature, top_p=self.top_p, top_k=0, eos_token_id=self.ends,
+            pad_token_id=self.tokenizer.pad_token_id, max_new_tokens=args.max_response_tokens,
+        )  # fmt: skip
+        batching = ContinuousBatchingConfig(seed=key_of(keys) % 2**31, num_blocks=blocks, max_batch_tokens=4096,
+                                            return_logprobs=True)  # fmt: skip
+        with torch.no_grad(), unwrapped(self.engine) as model, self.engine.autocast():
+            found = model.generate_batch(prompts, settings, batching)
+        outputs = sorted(found.values(), key=lambda output: int(output.request_id.rpartition("_")[2]))
+        for output in outputs:
+            if output.error:
+                stop(f"--rollout generate_batch: {output.error}. Use --rollout generate")
+        return [cut_at(output.generated_tokens, output.logprobs, self.ends) for output in outputs]
+
+    def vllm(self, prompts, keys):
+        from vllm import SamplingParams
+
+        args = self.args
+        if self.training:
+            self.llm.wake_up(tags=["weights"])
+            with whole(self.engine.module, args):
+                weights = merged_weights(self.engine.module.model)
+                self.llm.apply_model(lambda model: model.load_weights(weights))
+            self.llm.wake_up(tags=["kv_cache"])
+        settings = [
+            SamplingParams(
+                temperature=0.0 if key is None else args.temperature, top_p=self.top_p, seed=(key or 0) % 2**31,
+                max_tokens=args.max_response_tokens, stop_token_ids=self.ends, logprobs=0,
+            )
+            for key in keys
+        ]  # fmt: skip
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        found = [output.outputs[0] for output in self.llm.generate(asked, settings, use_tqdm=False)]
+        if self.training:
+            self.llm.sleep(level=2)
+        logps = [[of[token].logprob for token, of in zip(x.token_ids, x.logprobs, strict=True)] for x in found]
+        return [cut_at(list(x.token_ids), logp, self.ends) for x, logp in zip(found, logps, strict=True)]
+
+
+# Copied from sample.merged_weights
+def merged_weights(model):
+    """(name, tensor) of a causal LM's weights under their Hugging Face names; adapters are added to copies."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        layer = layers.get(name.removesuffix(".base_layer.weight"))
+        if layer is not None:
+            for adapter in layer.active_adapters:
+                parameter = parameter.detach() + layer.get_delta_weight(adapter).to(parameter.dtype)
+        yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter.detach()
+
+
+# Copied from sample.end_tokens
+def end_tokens(name: str, tokenizer) -> list[int]:
+    """The ids that end a response, as `Policy.ends`, without loading the weights."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:
+        ends = None
+    return sorted(
+        {
+            tokenizer.eos_token_id,
+            control_tokens(tokenizer)[0],
+            *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
+        }
+    )
+
+
+# Copied from sample.cut_at
+def cut_at(tokens: list[int], logps: list[float], ends):
+    """Both up to and with the first end token."""
+    length = next((t + 1 for t, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:length], logps[:length]
+
+
 def now(device) -> float:
     """Seconds, once the device has done what it was asked to."""
     if device.type == "cuda":
@@ -391,13 +559,23 @@ def now(device) -> float:
     return time.time()
 
 
-def gather_rows(x, world: int):
-    """The ranks' (rows, T) tensors, the same shape on each, joined in order of rank."""
-    if world == 1:
-        return x
-    out = x.new_empty(world * x.shape[0], x.shape[1])
-    dist.all_gather_into_tensor(out, x.contiguous())
-    return out
+def over_ranks(rows, widths, found_of, rank: int, world: int, args, device) -> list:
+    """What `found_of` (a micro-batch, with each row's index behind it) gives: tensors of len(rows) rows of `widths`,
+    computed without gradients, shared out over the ranks; all get all."""
+    out = [torch.zeros(len(rows), width, device=device) for width in widths]
+    with torch.no_grad():
+        for micro in micro_batches([(*row, i) for i, row in enumerate(rows)], rank, world, args)[0]:
+            index = torch.tensor([i for *_, i in micro], device=device)
+            for x, part in zip(out, found_of(micro), strict=True):
+                x[:, : part.shape[1]].index_add_(0, index, part)  # a row that only fills up adds 0
+    return [all_sum(x) for x in out]
+
+
+# Copied from vcb.padded
+def padded(lists, device, fill: float = 0.0):
+    """(B, n) fp32 of lists of different lengths."""
+    width = max(map(len, lists))
+    return torch.tensor([[*x, *[fill] * (width - len(x))] for x in lists], device=device)
 
 
 def tau_partners(keys: list[str], pairs: int, seed: str) -> list[list[int]]:
@@ -417,21 +595,18 @@ def tau_partners(keys: list[str], pairs: int, seed: str) -> list[list[int]]:
     return partners
 
 
-def score_rollout(engine, frozen, rows, width: int, pad_token_id: int, args, device):
-    """old_logp (rows, T), ref_logp (rows, T), values (rows, T+1) of this rank's rows (prompt ids, response ids, turns), in
-    micro-batches of like length, without gradients; T = `width`."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    parts = [], [], []
-    with torch.no_grad():
-        for at in range(0, len(order), args.micro_batch_size):
-            some = [rows[i] for i in order[at : at + args.micro_batch_size]]
-            batch = collate(some, pad_token_id, device)
-            valued = collate_values([turns for *_, turns in some], pad_token_id, every=False, device=device)
-            found = engine(batch, args.temperature), frozen.ref_logp(batch, args.temperature), frozen.values(valued)
-            for part, x, size in zip(parts, found, (width, width, width + 1), strict=True):
-                part.append(torch.nn.functional.pad(x, (0, size - x.shape[1])))
-    back = torch.tensor(order).argsort().to(device)
-    return [torch.cat(part)[back] for part in parts]
+def score_rollout(engine, frozen, rows, tokenizer, args, rank: int, world: int, device):
+    """old_logp (R, T), ref_logp (R, T), values (R, T+1) of the rollout's rows (prompt ids, response ids, turns)."""
+
+    def scored(micro):
+        batch = collate(micro, tokenizer.pad_token_id, device, args)
+        turns = [turns for _, _, turns, _ in micro]
+        valued = collate_values(turns, tokenizer.pad_token_id, every=False, device=device, args=args)
+        real = torch.tensor([bool(response) for _, response, *_ in micro], device=device)[:, None]
+        return engine(batch, args.temperature), frozen.ref_logp(batch, args.temperature), frozen.values(valued) * real
+
+    width = max(len(response) for _, response, _ in rows)
+    return over_ranks(rows, (width, width, width + 1), scored, rank, world, args, device)
 
 
 class Frozen:
@@ -557,6 +732,7 @@ def train(args: Args) -> Path:
     run.state = {"kl_coef": args.kl_coef}
     run.restore()
     policy.train()
+    rollouts = Rollouts(engine, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     per_epoch = len(questions) // args.rollout_batch_size
@@ -566,8 +742,8 @@ def train(args: Args) -> Path:
         at = step % per_epoch * args.rollout_batch_size
         chosen = [questions[i] for i in order[at : at + args.rollout_batch_size]]
         prompts, key = [ids for ids, _ in chosen], f"{args.seed}/{step}"
-        noise = GumbelNoise(key, args.temperature, mine, len(prompts), device)
-        responses = gather_lists(sample_responses(engine, prompts[mine], noise, tokenizer, args, device), world)
+        drawn = rollouts(prompts[mine], [key_of(key, i) for i in range(len(prompts))[mine]])
+        responses, sampled = map(list, zip(*gather_lists(drawn, world), strict=True))
         answers = [Answer(messages, response) for (_, messages), response in zip(chosen, responses, strict=True)]
         clock.append(now(device))
 
@@ -575,21 +751,20 @@ def train(args: Args) -> Path:
         turns = [
             render(tokenizer, [answers[j] for j in partners[i]] + [answers[i]], tau_tokens) for i in range(len(answers))
         ]
-        width = max(map(len, responses))
-        rows = list(zip(prompts, responses, turns, strict=True))[mine]
-        scores = score_rollout(engine, frozen, rows, width, tokenizer.pad_token_id, args, device)
-        old_logp, ref_logp, values = (gather_rows(x, world) for x in scores)
+        rows = list(zip(prompts, responses, turns, strict=True))
+        old_logp, ref_logp, values = score_rollout(engine, frozen, rows, tokenizer, args, rank, world, device)
         lengths = torch.tensor([len(response) for response in responses], device=device)
-        mask = torch.arange(width, device=device) < lengths[:, None]
+        mask = torch.arange(old_logp.shape[1], device=device) < lengths[:, None]
         kl = old_logp - ref_logp
-        gap = (gather_rows(noise.sampled(width), world) - old_logp).abs() * mask
+        sampled = padded(sampled, device)
+        gap = (sampled - old_logp).abs() * mask
         advantage = advantages(
             values, kl, mask, advantage=args.advantage, discount=args.discount, lam=args.lam,
             kl_coef=run.state["kl_coef"] if args.kl_in == "reward" else 0.0,
-        )  # fmt: skip
+        ) * truncated_weights(old_logp, sampled, mask, args.tis_cap)  # fmt: skip
         clock.append(now(device))
 
-        loss_sum, clipped_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+        loss_sum, clipped_sum, useful = torch.zeros((), device=device), torch.zeros((), device=device), []
         for epoch in range(args.ppo_epochs):
             shuffle = shuffled(len(responses), args.seed, f"{step}/{epoch}")
             for first in range(0, len(responses), args.batch_size):
@@ -597,15 +772,17 @@ def train(args: Args) -> Path:
                 tokens = sum(len(response) for _, response, _ in batch)
                 update = ((step * args.ppo_epochs + epoch) * len(responses) + first) // args.batch_size
                 engine.set_rate(args.learning_rate * schedule(update, 1, args.warmup_steps, "constant"))
-                for micro in micro_batches(batch, rank, world, args):
-                    inputs = collate(micro, tokenizer.pad_token_id, device)
+                micros, share = micro_batches(batch, rank, world, args)
+                useful.append(share)
+                for micro in micros:
+                    inputs = collate(micro, tokenizer.pad_token_id, device, args)
                     index, cut = torch.tensor([i for *_, i in micro], device=device), inputs.response_mask.shape[1]
                     old, ref, adv = (x[index, :cut] for x in (old_logp, ref_logp, advantage))
                     logp = engine(inputs, args.temperature)
                     loss, clipped = dvpo_loss(logp, old, adv, inputs.response_mask, tokens, clip=args.clip)
                     if args.kl_in == "loss":
                         loss = loss + run.state["kl_coef"] * kl_loss(logp, ref, inputs.response_mask, tokens)
-                    engine.backward(loss)
+                    engine.backward(loss, last=micro is micros[-1])
                     loss_sum += loss.detach()
                     clipped_sum += clipped
                 grad_norm = engine.step()
@@ -631,6 +808,7 @@ def train(args: Args) -> Path:
             "loss": all_sum(loss_sum) / args.ppo_epochs / (len(responses) / args.batch_size),
             "clipped_share": all_sum(clipped_sum) / tokens / args.ppo_epochs,
             "grad_norm": grad_norm,
+            "useful_tokens": sum(useful) / len(useful),
             "rollout_seconds": rollout,
             "scoring_seconds": scoring,
             "update_seconds": updating,
@@ -692,7 +870,7 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     if not preset and not toy.is_model(start):
         args = read(default=args_class(**paper))
     args.settings = f"preset {preset}'s" if preset else "the toy world's" if toy.is_model(start) else "the paper's"
-    for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
+    for name in ("batch_size", "micro_tokens", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
         if getattr(args, name, 1) < 1:
             stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
     return args
@@ -1035,43 +1213,93 @@ def encode(tokenizer, row: dict, field: str | None, args):
 
 # Copied from sft.Batch
 class Batch(NamedTuple):
-    """Sequences [prompt | response | padding]. Causal models need no attention mask for padding on the right."""
+    """Sequences [prompt | response] in B rows. Causal models need no attention mask for what fills a row on the right."""
 
     input_ids: torch.Tensor  # (B, L)
+    position_ids: torch.Tensor | None  # (B, L), from 0 in each sequence; None where each has a row
     predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
     target: torch.Tensor  # (N,) those response tokens
     cell: torch.Tensor  # (N,) their flat positions in (B, T)
-    response_mask: torch.Tensor  # (B, T) bool
+    response_mask: torch.Tensor  # (R, T) bool, of R sequences
+
+
+# Copied from sft.layout
+def layout(lengths: list[int], packed: bool, room: int = 0):
+    """Where sequences lie: ((row, column) of each, number of rows, their length). Packed, they share rows so that padding
+    and attention, which goes by a row's length squared, cost least; within `room` tokens if they fit at all."""
+    if not packed:
+        return [(i, 0) for i in range(len(lengths))], len(lengths), max(lengths, default=0)
+    order, best, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), math.inf, ([], 0, 0)
+    for rows in range(1, len(lengths) + 1):
+        if rows * lengths[order[0]] > best:  # more rows can but cost more
+            break
+        ends, places = [0] * rows, [(0, 0)] * len(lengths)
+        for i in order:
+            row = ends.index(min(ends))
+            places[i] = (row, ends[row])
+            ends[row] += lengths[i]
+        width = max(ends)
+        cost = rows * width * (1 + width / 16384)  # of a model of a thousand or two dimensions; it need not be exact
+        if cost < best and (rows == 1 or rows * width <= room):
+            best, found = cost, (places, rows, width)
+    return found
+
+
+# Copied from sft.lay_out
+def lay_out(sequences: list[list[int]], pad_token_id: int, args=None):
+    """(input_ids (B, L), position_ids (B, L) or None, where each begins in input_ids.flatten()) of token sequences: packed
+    into rows under `args` without --padding, else a row each."""
+    packed, room = bool(args) and not args.padding, args.micro_tokens if args else 0
+    places, rows, width = layout([len(sequence) for sequence in sequences], packed, room)
+    input_ids, positions = torch.full((rows, width), pad_token_id), torch.zeros((rows, width), dtype=torch.long)
+    for (row, column), sequence in zip(places, sequences, strict=True):
+        input_ids[row, column : column + len(sequence)] = torch.tensor(sequence)
+        positions[row, column : column + len(sequence)] = torch.arange(len(sequence))
+    return input_ids, positions if rows < len(sequences) else None, [row * width + column for row, column in places]
 
 
 # Copied from sft.collate
-def collate(rows, pad_token_id: int, device=None) -> Batch:
+def collate(rows, pad_token_id: int, device=None, args=None) -> Batch:
     """Batch of (prompt ids, response ids, ...) rows. Masks come from lengths: pad may equal EOS."""
-    length = max(len(p) + len(r) for p, r, *_ in rows)
-    width = max(1, *(len(r) for _, r, *_ in rows))
-    input_ids, mask = torch.full((len(rows), length), pad_token_id), torch.zeros(len(rows), width, dtype=torch.bool)
+    ids, positions, starts = lay_out([[*prompt, *response] for prompt, response, *_ in rows], pad_token_id, args)
+    width = max(1, *(len(response) for _, response, *_ in rows))
     predict, target, cell = [], [], []
-    for i, (prompt, response, *_) in enumerate(rows):
-        input_ids[i, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-        predict.extend(range(i * length + len(prompt) - 1, i * length + len(prompt) + len(response) - 1))
+    for i, (start, (prompt, response, *_)) in enumerate(zip(starts, rows, strict=True)):
+        predict.extend(range(start + len(prompt) - 1, start + len(prompt) + len(response) - 1))
         cell.extend(range(i * width, i * width + len(response)))
         target.extend(response)
-        mask[i, : len(response)] = True
+    mask = torch.zeros(len(rows) * width, dtype=torch.bool)
+    mask[cell] = True
     flat = (torch.tensor(x, dtype=torch.long) for x in (predict, target, cell))
-    return Batch(*(x.to(device, non_blocking=True) for x in (input_ids, *flat, mask)))
+    parts = ids, positions, *flat, mask.view(len(rows), width)
+    return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in parts))
 
 
 # Copied from sft.micro_batches
-def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
-    """This rank's micro-batches of one optimizer step, of (prompt, response, ...) rows: the same number and size for all.
+def micro_batches(batch: list, rank: int, world: int, args, sizes=lambda row: [len(row[0]) + len(row[1])]):
+    """(this rank's micro-batches of one optimizer step, useful share of the tokens that ranks compute or wait for).
 
-    Rows are sorted by length so that a micro-batch pads little; where they do not divide, a prompt whose response is
-    empty fills up: it has no token in any loss."""
-    count = math.ceil(args.batch_size / (world * args.micro_batch_size))
-    size = world * math.ceil(len(batch) / (world * count))
-    rows = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
-    rows = [(rows[0][0], [], *rows[0][2:])] * (count * size - len(rows)) + rows
-    return [rows[at + rank : at + size : world] for at in range(0, len(rows), size)]
+    Rows are (prompt, response, ...), of one sequence or of those whose `sizes` are given. They are dealt, the longest
+    first, so that micro-batches hold up to --micro_tokens and cost about the same, as many for every rank. Where there are
+    too few, a row with an empty response fills up: it has no token in any loss."""
+    lengths = [sizes(row) for row in batch]
+    total, order = sum(map(sum, lengths)), sorted(range(len(batch)), key=lambda i: -sum(lengths[i]))
+    count = max(1, total // (world * args.micro_tokens))
+    while True:
+        bins, costs = [[] for _ in range(count * world)], [0.0] * (count * world)
+        for j, i in enumerate(order):  # padded, those of like length go together
+            chunk = world * math.ceil(len(batch) / len(bins))
+            at = j // chunk * world + j % world if args.padding else costs.index(min(costs))
+            bins[at].append(i)
+            costs[at] += sum(n * (1 + n / 16384) for n in lengths[i])
+        held = [layout([n for i in some for n in lengths[i]], not args.padding, args.micro_tokens) for some in bins]
+        areas = [rows * width for _, rows, width in held]
+        if all(area <= args.micro_tokens or len(some) == 1 for area, some in zip(areas, bins, strict=True)):
+            break
+        count += max(1, count // 16)
+    found = [[batch[i] for i in some] or [(batch[order[-1]][0], [], *batch[order[-1]][2:])] for some in bins]
+    waited = sum(max(areas[at : at + world]) for at in range(0, len(areas), world))
+    return found[rank::world], total / (world * waited)
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -1224,8 +1452,8 @@ class Policy(torch.nn.Module):
         patch_head(plain(model))
 
     def forward(self, batch: Batch, temperature: float = 1.0, token_weight: float | None = None):
-        hidden = plain(self.model).get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, batch.predict)
+        hidden = hidden_states(plain(self.model).get_decoder(), batch.input_ids, batch.position_ids)
+        hidden = hidden.index_select(0, batch.predict)
         found = plain(self.model).get_output_embeddings()(hidden, batch.target, temperature, token_weight)
         if token_weight is not None:
             return found
@@ -1234,6 +1462,7 @@ class Policy(torch.nn.Module):
 
     def check(self, engine):
         """Stops where a family makes its logits in a way that is not known here."""
+        engine.check()
         with engine.autocast():
             gap = logit_gap(plain(self.model))
         if not gap < (0.1 if engine.args.bf16 else 1e-3):
@@ -1249,11 +1478,10 @@ class Engine:
     """Backward passes and optimizer steps. One process with ZeRO stage 0 is plain torch; anything else is DeepSpeed.
 
     Losses are already divided by the whole step's token count, so gradients are *summed* over micro-batches and ranks:
-    DeepSpeed's means over both are undone."""
+    DeepSpeed's mean over ranks is undone."""
 
     def __init__(self, module, args, world: int):
         self.module, self.args, self.world, self.deepspeed = module, args, world, None
-        self.micro_steps = math.ceil(args.batch_size / (world * args.micro_batch_size))
         parameters = [p for p in module.parameters() if p.requires_grad]
         fused = not by_deepspeed(args) or parameters[0].is_cuda or None
         self.optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=fused)
@@ -1262,8 +1490,8 @@ class Engine:
         import deepspeed
 
         config = {
-            "train_micro_batch_size_per_gpu": args.micro_batch_size, "gradient_accumulation_steps": self.micro_steps,
-            "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": args.bf16}, "steps_per_print": 10**9,
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": args.max_grad_norm, "steps_per_print": 10**9,
+            "bf16": {"enabled": args.bf16},
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             # stage 0 in bf16 would sum the ranks' gradients in bf16 and shorten the first step by a quarter
             "zero_optimization": {"stage": args.zero_stage or int(args.bf16)},
@@ -1285,11 +1513,20 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def backward(self, loss):
+    def check(self):
+        """Stops where a family does not keep sequences that share a row apart."""
+        model = plain(self.module.model)
+        with self.autocast():
+            if not self.args.padding and not packing_gap(model) < (0.1 if self.args.bf16 else 1e-3):
+                stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
+
+    def backward(self, loss, last: bool = True):
+        """Of each micro-batch; `last` tells that the step's gradients are complete."""
         if not self.deepspeed:
             return loss.backward()
-        self.deepspeed.backward(loss * (self.world * self.micro_steps))
-        self.deepspeed.step()  # acts once all of the step's micro-batches are in
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
+        self.deepspeed.step()  # acts after the last
 
     def step(self):
         """Returns the gradient's global norm before clipping."""

@@ -18,7 +18,7 @@ earlier ones being tau of the later: each token shown is used, and the model lea
 The authors' released code feeds question and answer only (no tau) and reads V(s_t), not Q.
 
     python gvm.py                                                    # CPU: the toy world, from runs/sft/final
-    python gvm.py llama3.2-3b --micro_batch_size 1                   # 1 GPU
+    python gvm.py llama3.2-3b --micro_tokens 2048                    # 1 GPU
     torchrun --nproc_per_node 8 gvm.py llama3.2-3b                   # 8 GPUs, the paper's sizes
 """
 
@@ -50,7 +50,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kernels import head_name, model_class, normalize_values, read_head
+from kernels import head_name, model_class, normalize_values, packing_gap, read_head
 
 
 @dataclass
@@ -79,8 +79,10 @@ class Args:
     """gradient clipping by global norm; 0 turns it off"""
     batch_size: int = 32
     """conversations per optimizer step, over all ranks (paper: 32)"""
-    micro_batch_size: int = 32
-    """conversations per forward pass on one rank"""
+    micro_tokens: int = 4096
+    """tokens per forward pass on one rank; a longer sequence is a pass of its own"""
+    padding: bool = False
+    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
     max_prompt_tokens: int = 64
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 64
@@ -118,7 +120,7 @@ class Args:
 
 
 PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings, and room for tau
-    "data": "openbmb/UltraFeedback", "split": "train[30%:80%]", "learning_rate": 2e-6, "micro_batch_size": 1,
+    "data": "openbmb/UltraFeedback", "split": "train[30%:80%]", "learning_rate": 2e-6,
     "max_prompt_tokens": 512, "max_response_tokens": 512, "tau_pairs": 1, "tau_tokens": 512, "lora_r": 8,
 }  # fmt: skip
 _gpus = {"gradient_checkpointing": True, "bf16": True, "zero_stage": 1, "save_every": 500}
@@ -282,31 +284,27 @@ def render(tokenizer, group: list[Answer], tau_tokens: int) -> list[tuple[list[i
 class ValueBatch(NamedTuple):
     """Conversations in rows of input_ids, and where the values of R responses are read."""
 
-    input_ids: torch.Tensor  # (B, L), right-padded: a causal model needs no mask
+    input_ids: torch.Tensor  # (B, L): a causal model needs no mask for what fills a row on the right
+    position_ids: torch.Tensor | None  # (B, L), from 0 in each conversation; None where each has a row
     position: torch.Tensor  # (R, T+1) flat positions in (B, L): last prompt token, y_1 .. y_T; 0 where masked
     mask: torch.Tensor  # (R, T+1) bool
 
 
-def collate_values(
-    rows: list[list[tuple[list[int], list[int]]]], pad_token_id: int, every: bool, device=None
-) -> ValueBatch:
+def collate_values(rows: list[list[tuple]], pad_token_id: int, every: bool, device=None, args=None) -> ValueBatch:
     """rows of (prompt ids, response ids) turns; values of `every` answer, or of each row's last."""
-    spans, length = [], max(sum(len(p) + len(r) for p, r in turns) for turns in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id)
-    for i, turns in enumerate(rows):
-        ids = []
+    sequences = [[token for turn in turns for part in turn for token in part] for turns in rows]
+    ids, positions, starts = lay_out(sequences, pad_token_id, args)
+    spans = []
+    for at, turns in zip(starts, rows, strict=True):
         for j, (prompt, response) in enumerate(turns):
-            ids += prompt
             if every or j == len(turns) - 1:
-                spans.append((i * length + len(ids) - 1, len(response)))
-            ids += response
-        input_ids[i, : len(ids)] = torch.tensor(ids)
+                spans.append((at + len(prompt) - 1, len(response)))
+            at += len(prompt) + len(response)
     offset = torch.arange(1 + max(size for _, size in spans))
     start, size = torch.tensor(spans).T[:, :, None]
     mask = (offset <= size) & (size > 0)
-    return ValueBatch(
-        *(x.to(device, non_blocking=True) for x in (input_ids, torch.where(mask, start + offset, 0), mask))
-    )
+    parts = ids, positions, torch.where(mask, start + offset, 0), mask
+    return ValueBatch(*(x if x is None else x.to(device, non_blocking=True) for x in parts))
 
 
 class ValueModel(torch.nn.Module):
@@ -317,7 +315,7 @@ class ValueModel(torch.nn.Module):
         self.model = model
 
     def forward(self, batch: ValueBatch):
-        values = read_head(plain(self.model), batch.input_ids, batch.position.flatten())
+        values = read_head(plain(self.model), batch.input_ids, batch.position_ids, batch.position.flatten())
         return values.view(batch.position.shape) * batch.mask
 
 
@@ -359,23 +357,35 @@ def load_answers(tokenizer, args) -> list[Answer]:
     ]
 
 
-def predict(engine, tokenizer, groups: list[list[Answer]], args, device) -> list[np.ndarray]:
-    """(T_i + 1,) values of each group's last answer: V(s_1), Q_1 .. Q_T."""
+def predict(engine, tokenizer, groups: list[list[Answer]], args, device, rank: int = 0, world: int = 1) -> list:
+    """(T_i + 1,) values of each group's last answer: V(s_1), Q_1 .. Q_T. Shared out over the ranks; all get all."""
     found = []
     with torch.no_grad():
-        for at in range(0, len(groups), args.micro_batch_size):
-            rows = [render(tokenizer, group, args.tau_tokens) for group in groups[at : at + args.micro_batch_size]]
-            values = engine(collate_values(rows, tokenizer.pad_token_id, every=False, device=device)).cpu().numpy()
-            found += [v[: 1 + len(turns[-1][1])] for v, turns in zip(values, rows, strict=True)]
+        for at in range(0, len(groups), 64):
+            turns = [render(tokenizer, group, args.tau_tokens) for group in groups[at : at + 64]]
+            rows = [([], [True], of, i) for i, of in enumerate(turns)]
+            values = torch.zeros(len(rows), 1 + max(len(of[-1][1]) for of in turns), device=device)
+            for micro in micro_batches(rows, rank, world, args, conversation_size)[0]:
+                batch = collate_values([of for _, _, of, _ in micro], tokenizer.pad_token_id, False, device, args)
+                index = torch.tensor([i for *_, i in micro if micro[0][1]], dtype=torch.long, device=device)
+                values[:, : batch.mask.shape[1]].index_add_(0, index, engine(batch)[: len(index)])
+            values = all_sum(values).cpu().numpy()
+            found += [v[: 1 + len(of[-1][1])] for v, of in zip(values, turns, strict=True)]
     return found
+
+
+def conversation_size(row) -> list[int]:
+    """What micro_batches deals by: the tokens of a (_, _, turns, _) row."""
+    return [sum(len(prompt) + len(response) for prompt, response in row[2])]
 
 
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
-    if args.value_norm == "batch" and args.micro_batch_size * world < args.batch_size:
-        stop("--value_norm batch normalises over the whole batch, in one forward pass: --micro_batch_size times the number "
-             f"of ranks must be {args.batch_size} or more")  # fmt: skip
+    most = math.ceil(args.batch_size / world) * (args.tau_tokens + args.max_prompt_tokens + args.max_response_tokens)
+    if args.value_norm == "batch" and args.micro_tokens < most:
+        stop(f"--value_norm batch normalises over the whole batch, in one forward pass: give --micro_tokens {most}")
+    room = args if args.value_norm == "none" else dataclasses.replace(args, micro_tokens=2 * most)
     missing(args.model, "python sft.py")
     tokenizer = load_tokenizer(args.model, args)
     answers = load_answers(tokenizer, args)
@@ -401,6 +411,7 @@ def train(args: Args) -> Path:
             plan += [(epoch, at) for at in range(0, count, args.batch_size)]
     plan = plan[: args.steps or None]
     engine = Engine(value_model, args, world)
+    engine.check()
     run = Run(args, engine, model, tokenizer, rank, len(plan), started)
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
@@ -411,17 +422,14 @@ def train(args: Args) -> Path:
         if epoch != current:
             current, order = epoch, conversations(training, args.tau_pairs + 1, args.seed, epoch)
         groups = order[at : at + args.batch_size]
-        rows = [
-            ([t for turn_ in turns[:-1] for part in turn_ for t in part] + turns[-1][0], turns[-1][1], turns, group)
-            for group in groups
-            for turns in [render(tokenizer, group, args.tau_tokens)]
-        ]  # (all before y, y, ...): what micro_batches sorts by
+        rows = [([], [True], render(tokenizer, group, args.tau_tokens), group) for group in groups]
         positions = sum(len(response) + 1 for _, _, turns, _ in rows for _, response in turns)
         loss_sum = torch.zeros((), device=device)
         engine.set_rate(args.learning_rate * schedule(step, len(plan), args.warmup_steps, "cosine"))
-        for micro in micro_batches(rows, rank, world, args):
-            batch = collate_values([turns for _, _, turns, _ in micro], tokenizer.pad_token_id, True, device)
-            real = torch.tensor([bool(y) for _, y, turns, _ in micro for _ in turns])
+        micros, useful = micro_batches(rows, rank, world, room, conversation_size)
+        for micro in micros:
+            batch = collate_values([turns for _, _, turns, _ in micro], tokenizer.pad_token_id, True, device, args)
+            real = torch.tensor([bool(real) for _, real, turns, _ in micro for _ in turns])
             reward = torch.tensor(  # a cut answer of tau ends before r comes
                 [
                     (a.score - mean) / std * args.discount ** (len(a.response) - len(shown))
@@ -437,19 +445,16 @@ def train(args: Args) -> Path:
             rule = {"discount": args.discount, "td_lambda": args.td_lambda}
             target = td_targets(values, mask[:, 1:], reward.to(device), **rule)
             loss = value_loss(values, target, mask, positions)
-            engine.backward(loss)
+            engine.backward(loss, last=micro is micros[-1])
             loss_sum += loss.detach()
-        grad_norm = engine.step()
-        run.log(
-            {"loss": all_sum(loss_sum), "learning_rate": engine.rate, "grad_norm": grad_norm, "positions": positions}
-        )
+        rates = {"learning_rate": engine.rate, "grad_norm": engine.step()}
+        run.log({"loss": all_sum(loss_sum), **rates, "positions": positions, "useful_tokens": useful})
     accuracy = evaluate(engine, tokenizer, answers, held_out, args, rank, world, device)
     return run.finish(**accuracy)
 
 
 def evaluate(engine, tokenizer, answers, held_out: set, args, rank: int, world: int, device) -> dict:
-    """Table 4 of the paper on the held-out prompts, tau drawn from the same policy's answers to other prompts. Shared out
-    over the ranks: each takes as many, the last ones perhaps twice."""
+    """Table 4 of the paper on the held-out prompts, tau drawn from the same policy's answers to other prompts."""
     by_policy = {}
     for answer in answers:
         by_policy.setdefault(answer.policy, []).append(answer)
@@ -458,9 +463,7 @@ def evaluate(engine, tokenizer, answers, held_out: set, args, rank: int, world: 
         return {}
     engine.module.eval()
     groups = [choose_tau(by_policy[a.policy], a, args.tau_pairs, rng) + [a] for a in questions]
-    count = math.ceil(len(groups) / world)
-    mine = [groups[i % len(groups)] for i in range(rank * count, rank * count + count)]
-    values = gather_lists(predict(engine, tokenizer, mine, args, device), world)[: len(groups)]
+    values = predict(engine, tokenizer, groups, args, device, rank, world)
     found = [(a.key, a.score, value_statistics(v[1:])) for a, v in zip(questions, values, strict=True)]
     return {f"accuracy_{key}": round(value, 4) for key, value in pair_accuracy(found).items()}
 
@@ -504,7 +507,7 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     if not preset and not toy.is_model(start):
         args = read(default=args_class(**paper))
     args.settings = f"preset {preset}'s" if preset else "the toy world's" if toy.is_model(start) else "the paper's"
-    for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
+    for name in ("batch_size", "micro_tokens", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
         if getattr(args, name, 1) < 1:
             stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
     return args
@@ -845,17 +848,66 @@ def encode(tokenizer, row: dict, field: str | None, args):
     return ids, [] if field is None else response_ids(tokenizer, row.get(field), args, field)
 
 
-# Copied from sft.micro_batches
-def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
-    """This rank's micro-batches of one optimizer step, of (prompt, response, ...) rows: the same number and size for all.
+# Copied from sft.layout
+def layout(lengths: list[int], packed: bool, room: int = 0):
+    """Where sequences lie: ((row, column) of each, number of rows, their length). Packed, they share rows so that padding
+    and attention, which goes by a row's length squared, cost least; within `room` tokens if they fit at all."""
+    if not packed:
+        return [(i, 0) for i in range(len(lengths))], len(lengths), max(lengths, default=0)
+    order, best, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), math.inf, ([], 0, 0)
+    for rows in range(1, len(lengths) + 1):
+        if rows * lengths[order[0]] > best:  # more rows can but cost more
+            break
+        ends, places = [0] * rows, [(0, 0)] * len(lengths)
+        for i in order:
+            row = ends.index(min(ends))
+            places[i] = (row, ends[row])
+            ends[row] += lengths[i]
+        width = max(ends)
+        cost = rows * width * (1 + width / 16384)  # of a model of a thousand or two dimensions; it need not be exact
+        if cost < best and (rows == 1 or rows * width <= room):
+            best, found = cost, (places, rows, width)
+    return found
 
-    Rows are sorted by length so that a micro-batch pads little; where they do not divide, a prompt whose response is
-    empty fills up: it has no token in any loss."""
-    count = math.ceil(args.batch_size / (world * args.micro_batch_size))
-    size = world * math.ceil(len(batch) / (world * count))
-    rows = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
-    rows = [(rows[0][0], [], *rows[0][2:])] * (count * size - len(rows)) + rows
-    return [rows[at + rank : at + size : world] for at in range(0, len(rows), size)]
+
+# Copied from sft.lay_out
+def lay_out(sequences: list[list[int]], pad_token_id: int, args=None):
+    """(input_ids (B, L), position_ids (B, L) or None, where each begins in input_ids.flatten()) of token sequences: packed
+    into rows under `args` without --padding, else a row each."""
+    packed, room = bool(args) and not args.padding, args.micro_tokens if args else 0
+    places, rows, width = layout([len(sequence) for sequence in sequences], packed, room)
+    input_ids, positions = torch.full((rows, width), pad_token_id), torch.zeros((rows, width), dtype=torch.long)
+    for (row, column), sequence in zip(places, sequences, strict=True):
+        input_ids[row, column : column + len(sequence)] = torch.tensor(sequence)
+        positions[row, column : column + len(sequence)] = torch.arange(len(sequence))
+    return input_ids, positions if rows < len(sequences) else None, [row * width + column for row, column in places]
+
+
+# Copied from sft.micro_batches
+def micro_batches(batch: list, rank: int, world: int, args, sizes=lambda row: [len(row[0]) + len(row[1])]):
+    """(this rank's micro-batches of one optimizer step, useful share of the tokens that ranks compute or wait for).
+
+    Rows are (prompt, response, ...), of one sequence or of those whose `sizes` are given. They are dealt, the longest
+    first, so that micro-batches hold up to --micro_tokens and cost about the same, as many for every rank. Where there are
+    too few, a row with an empty response fills up: it has no token in any loss."""
+    lengths = [sizes(row) for row in batch]
+    total, order = sum(map(sum, lengths)), sorted(range(len(batch)), key=lambda i: -sum(lengths[i]))
+    count = max(1, total // (world * args.micro_tokens))
+    while True:
+        bins, costs = [[] for _ in range(count * world)], [0.0] * (count * world)
+        for j, i in enumerate(order):  # padded, those of like length go together
+            chunk = world * math.ceil(len(batch) / len(bins))
+            at = j // chunk * world + j % world if args.padding else costs.index(min(costs))
+            bins[at].append(i)
+            costs[at] += sum(n * (1 + n / 16384) for n in lengths[i])
+        held = [layout([n for i in some for n in lengths[i]], not args.padding, args.micro_tokens) for some in bins]
+        areas = [rows * width for _, rows, width in held]
+        if all(area <= args.micro_tokens or len(some) == 1 for area, some in zip(areas, bins, strict=True)):
+            break
+        count += max(1, count // 16)
+    found = [[batch[i] for i in some] or [(batch[order[-1]][0], [], *batch[order[-1]][2:])] for some in bins]
+    waited = sum(max(areas[at : at + world]) for at in range(0, len(areas), world))
+    return found[rank::world], total / (world * waited)
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -1005,11 +1057,10 @@ class Engine:
     """Backward passes and optimizer steps. One process with ZeRO stage 0 is plain torch; anything else is DeepSpeed.
 
     Losses are already divided by the whole step's token count, so gradients are *summed* over micro-batches and ranks:
-    DeepSpeed's means over both are undone."""
+    DeepSpeed's mean over ranks is undone."""
 
     def __init__(self, module, args, world: int):
         self.module, self.args, self.world, self.deepspeed = module, args, world, None
-        self.micro_steps = math.ceil(args.batch_size / (world * args.micro_batch_size))
         parameters = [p for p in module.parameters() if p.requires_grad]
         fused = not by_deepspeed(args) or parameters[0].is_cuda or None
         self.optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=fused)
@@ -1018,8 +1069,8 @@ class Engine:
         import deepspeed
 
         config = {
-            "train_micro_batch_size_per_gpu": args.micro_batch_size, "gradient_accumulation_steps": self.micro_steps,
-            "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": args.bf16}, "steps_per_print": 10**9,
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": args.max_grad_norm, "steps_per_print": 10**9,
+            "bf16": {"enabled": args.bf16},
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             # stage 0 in bf16 would sum the ranks' gradients in bf16 and shorten the first step by a quarter
             "zero_optimization": {"stage": args.zero_stage or int(args.bf16)},
@@ -1041,11 +1092,20 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def backward(self, loss):
+    def check(self):
+        """Stops where a family does not keep sequences that share a row apart."""
+        model = plain(self.module.model)
+        with self.autocast():
+            if not self.args.padding and not packing_gap(model) < (0.1 if self.args.bf16 else 1e-3):
+                stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
+
+    def backward(self, loss, last: bool = True):
+        """Of each micro-batch; `last` tells that the step's gradients are complete."""
         if not self.deepspeed:
             return loss.backward()
-        self.deepspeed.backward(loss * (self.world * self.micro_steps))
-        self.deepspeed.step()  # acts once all of the step's micro-batches are in
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
+        self.deepspeed.step()  # acts after the last
 
     def step(self):
         """Returns the gradient's global norm before clipping."""

@@ -10,7 +10,7 @@ the saved config (`reward_mean`, `reward_std`), so that users of the model can s
 learns a value for every token from the same rows.
 
     python rm.py                                                     # CPU: the toy world, from runs/sft/final
-    python rm.py llama3.2-3b --micro_batch_size 1                    # 1 GPU
+    python rm.py llama3.2-3b --micro_tokens 2048                     # 1 GPU
     torchrun --nproc_per_node 8 rm.py llama3.2-3b                    # 8 GPUs, the DVPO paper's setting
 """
 
@@ -41,7 +41,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from kernels import head_name, model_class, read_head
+from kernels import head_name, model_class, packing_gap, read_head
 
 
 @dataclass
@@ -70,8 +70,10 @@ class Args:
     """gradient clipping by global norm; 0 turns it off"""
     batch_size: int = 8
     """rows (a pair, or all responses of a graded row) per optimizer step, over all ranks (paper: 4; 8 for its 8 GPUs)"""
-    micro_batch_size: int = 8
-    """rows per forward pass on one rank"""
+    micro_tokens: int = 4096
+    """tokens per forward pass on one rank; a longer sequence is a pass of its own"""
+    padding: bool = False
+    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
     max_prompt_tokens: int = 64
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 64
@@ -100,7 +102,7 @@ class Args:
 
 PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings
     "data": "openbmb/UltraFeedback", "split": "train[30%:80%]", "epochs": 2, "learning_rate": 2e-5, "warmup_steps": 0,
-    "micro_batch_size": 1, "max_prompt_tokens": 512, "max_response_tokens": 512, "lora_r": 8,
+    "max_prompt_tokens": 512, "max_response_tokens": 512, "lora_r": 8,
 }  # fmt: skip
 _gpus = {"gradient_checkpointing": True, "bf16": True, "zero_stage": 1, "save_every": 500}
 PRESETS = {
@@ -108,7 +110,7 @@ PRESETS = {
     "llama3-8b": {**_gpus, "zero_stage": 3},
     "deberta-v3-large": {  # the VCB paper's; an encoder: all weights, no checkpointing
         "model": "microsoft/deberta-v3-large", "data": "Anthropic/hh-rlhf", "split": "train", "lora_r": 0, "batch_size": 32,
-        "micro_batch_size": 4, "learning_rate": 1e-5, "epochs": 1, **_gpus, "gradient_checkpointing": False,
+        "learning_rate": 1e-5, "epochs": 1, **_gpus, "gradient_checkpointing": False,
     },
 }  # fmt: skip
 
@@ -138,12 +140,11 @@ class RewardModel(torch.nn.Module):
         super().__init__()
         self.model, self.decoder = model, decoder
 
-    def forward(self, input_ids, lengths):
+    def forward(self, input_ids, position_ids, last):
         if not self.decoder:
-            mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+            mask = torch.arange(input_ids.numel(), device=last.device).view(input_ids.shape) <= last[:, None]
             return self.model(input_ids=input_ids, attention_mask=mask.long()).logits.float().squeeze(-1)
-        last = torch.arange(len(lengths), device=lengths.device) * input_ids.shape[1] + lengths - 1
-        return read_head(plain(self.model), input_ids, last)
+        return read_head(plain(self.model), input_ids, position_ids, last)
 
 
 def is_decoder(name: str, args) -> bool:
@@ -170,13 +171,26 @@ def distinct_pad(tokenizer):
                   "token before EOS. Scripts of this project go by length and are not affected")  # fmt: skip
 
 
-def collate_scored(sequences: list[list[int]], pad_token_id: int, device):
-    """Right-padded (R, L) ids and (R,) lengths."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    input_ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
-    for i, sequence in enumerate(sequences):
-        input_ids[i, : len(sequence)] = torch.tensor(sequence)
-    return input_ids.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+def collate_scored(sequences: list[list[int]], pad_token_id: int, device=None, args=None):
+    """(input_ids (B, L), position_ids (B, L) or None, flat positions (R,) of the sequences' last tokens)."""
+    ids, positions, starts = lay_out(sequences, pad_token_id, args)
+    last = torch.tensor([start + len(sequence) - 1 for start, sequence in zip(starts, sequences, strict=True)])
+    return tuple(x if x is None else x.to(device, non_blocking=True) for x in (ids, positions, last))
+
+
+def score_sequences(model, sequences, pad_token_id: int, args, rank: int, world: int, device) -> list[float]:
+    """Rewards of token sequences, without gradients, shared out over the ranks; all get all."""
+    found = []
+    for at in range(0, len(sequences), 1024):
+        rows = [([], [True], sequence, i) for i, sequence in enumerate(sequences[at : at + 1024])]
+        scores = torch.zeros(len(rows), device=device)
+        with torch.no_grad():
+            for micro in micro_batches(rows, rank, world, args, lambda row: [len(row[2])])[0]:
+                given = model(*collate_scored([row[2] for row in micro], pad_token_id, device, args))
+                index = torch.tensor([i for _, real, _, i in micro if real], dtype=torch.long, device=device)
+                scores.index_add_(0, index, given[: len(index)])
+        found += (all_sum(scores) if world > 1 else scores).tolist()
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -232,6 +246,7 @@ def train(args: Args) -> Path:
     rank, world, device = init_distributed(args)
     missing(args.model, "python sft.py")
     decoder = is_decoder(args.model, args)
+    args.padding = args.padding or not decoder  # an encoder's attention sees whole rows
     tokenizer = load_tokenizer(args.model, args, chat=decoder)
     if decoder:
         distinct_pad(tokenizer)
@@ -250,6 +265,7 @@ def train(args: Args) -> Path:
     per_epoch = math.ceil(len(training) / args.batch_size)
     total = args.steps or args.epochs * per_epoch
     engine = Engine(reward_model, args, world)
+    engine.check()
     run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "accuracy"))
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
@@ -258,46 +274,39 @@ def train(args: Args) -> Path:
         order = shuffled(len(training), args.seed, step // per_epoch)
         at = (step % per_epoch) * args.batch_size
         some = [questions[training[i]] for i in order[at : at + args.batch_size]]
-        batch = [([], max(sequences, key=len), sequences, scores) for _, sequences, scores in some]
+        batch = [([], [True], sequences, scores) for _, sequences, scores in some]
         pairs = sum(len(ordered_pairs(scores)) for *_, scores in batch)
         sums = torch.zeros(2, device=device)
         engine.set_rate(args.learning_rate * schedule(step, total, args.warmup_steps, "linear"))
-        for micro in micro_batches(batch, rank, world, args):
+        micros, useful = micro_batches(batch, rank, world, args, lambda row: list(map(len, row[2])))
+        for micro in micros:
             better, worse, sequences = [], [], []
-            for _, longest, of, scores in micro:
-                for i, j in ordered_pairs(scores) if longest else ():  # an empty row only fills the batch
+            for _, real, of, scores in micro:
+                for i, j in ordered_pairs(scores) if real else ():
                     better.append(len(sequences) + i)
                     worse.append(len(sequences) + j)
                 sequences += of
-            rewards = engine(*collate_scored(sequences, tokenizer.pad_token_id, device))
+            rewards = engine(*collate_scored(sequences, tokenizer.pad_token_id, device, args))
             better, worse = (torch.tensor(x, dtype=torch.long, device=device) for x in (better, worse))
             loss, right = reward_loss(rewards[better], rewards[worse], pairs)
-            engine.backward(loss)
+            engine.backward(loss, last=micro is micros[-1])
             sums += torch.stack([loss.detach(), right / pairs])
         grad_norm = engine.step()
         loss, accuracy = all_sum(sums)
-        run.log(
-            {"loss": loss, "accuracy": accuracy, "learning_rate": engine.rate, "grad_norm": grad_norm, "pairs": pairs}
-        )
+        rates = {"learning_rate": engine.rate, "grad_norm": grad_norm}
+        run.log({"loss": loss, "accuracy": accuracy, **rates, "pairs": pairs, "useful_tokens": useful})
 
     reward_model.eval()
     some = training[:1000] + [i for i, key in enumerate(asked) if key in held_out]
-    found = dict(zip(some, score(engine, [questions[i] for i in some], tokenizer, rank, world, device), strict=True))
+    sequences = [sequence for i in some for sequence in questions[i][1]]
+    scores = iter(score_sequences(engine, sequences, tokenizer.pad_token_id, args, rank, world, device))
+    found = {i: [next(scores) for _ in questions[i][1]] for i in some}
     rewards = torch.tensor([reward for i in training[:1000] for reward in found[i]])
     config = plain(model).config
     config.reward_mean, config.reward_std = float(rewards.mean()), float(rewards.std(correction=0))
     held = [(found[i], questions[i][2]) for i in some if asked[i] in held_out]
     wins = [rewards[i] > rewards[j] for rewards, scores in held for i, j in ordered_pairs(scores)]
     return run.finish(accuracy=round(sum(wins) / len(wins), 4) if wins else None)
-
-
-def score(engine, questions, tokenizer, rank: int, world: int, device) -> list[list[float]]:
-    """Rewards of the questions' responses, shared out over the ranks: each takes as many, the last ones perhaps twice."""
-    count = math.ceil(len(questions) / world)
-    mine = [questions[i % len(questions)] for i in range(rank * count, rank * count + count)]
-    with torch.no_grad():
-        found = [engine(*collate_scored(of, tokenizer.pad_token_id, device)).tolist() for _, of, _ in mine]
-    return gather_lists(found, world)[: len(questions)]
 
 
 def main(argv=None):
@@ -339,7 +348,7 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     if not preset and not toy.is_model(start):
         args = read(default=args_class(**paper))
     args.settings = f"preset {preset}'s" if preset else "the toy world's" if toy.is_model(start) else "the paper's"
-    for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
+    for name in ("batch_size", "micro_tokens", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
         if getattr(args, name, 1) < 1:
             stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
     return args
@@ -680,17 +689,66 @@ def encode(tokenizer, row: dict, field: str | None, args):
     return ids, [] if field is None else response_ids(tokenizer, row.get(field), args, field)
 
 
-# Copied from sft.micro_batches
-def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
-    """This rank's micro-batches of one optimizer step, of (prompt, response, ...) rows: the same number and size for all.
+# Copied from sft.layout
+def layout(lengths: list[int], packed: bool, room: int = 0):
+    """Where sequences lie: ((row, column) of each, number of rows, their length). Packed, they share rows so that padding
+    and attention, which goes by a row's length squared, cost least; within `room` tokens if they fit at all."""
+    if not packed:
+        return [(i, 0) for i in range(len(lengths))], len(lengths), max(lengths, default=0)
+    order, best, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), math.inf, ([], 0, 0)
+    for rows in range(1, len(lengths) + 1):
+        if rows * lengths[order[0]] > best:  # more rows can but cost more
+            break
+        ends, places = [0] * rows, [(0, 0)] * len(lengths)
+        for i in order:
+            row = ends.index(min(ends))
+            places[i] = (row, ends[row])
+            ends[row] += lengths[i]
+        width = max(ends)
+        cost = rows * width * (1 + width / 16384)  # of a model of a thousand or two dimensions; it need not be exact
+        if cost < best and (rows == 1 or rows * width <= room):
+            best, found = cost, (places, rows, width)
+    return found
 
-    Rows are sorted by length so that a micro-batch pads little; where they do not divide, a prompt whose response is
-    empty fills up: it has no token in any loss."""
-    count = math.ceil(args.batch_size / (world * args.micro_batch_size))
-    size = world * math.ceil(len(batch) / (world * count))
-    rows = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
-    rows = [(rows[0][0], [], *rows[0][2:])] * (count * size - len(rows)) + rows
-    return [rows[at + rank : at + size : world] for at in range(0, len(rows), size)]
+
+# Copied from sft.lay_out
+def lay_out(sequences: list[list[int]], pad_token_id: int, args=None):
+    """(input_ids (B, L), position_ids (B, L) or None, where each begins in input_ids.flatten()) of token sequences: packed
+    into rows under `args` without --padding, else a row each."""
+    packed, room = bool(args) and not args.padding, args.micro_tokens if args else 0
+    places, rows, width = layout([len(sequence) for sequence in sequences], packed, room)
+    input_ids, positions = torch.full((rows, width), pad_token_id), torch.zeros((rows, width), dtype=torch.long)
+    for (row, column), sequence in zip(places, sequences, strict=True):
+        input_ids[row, column : column + len(sequence)] = torch.tensor(sequence)
+        positions[row, column : column + len(sequence)] = torch.arange(len(sequence))
+    return input_ids, positions if rows < len(sequences) else None, [row * width + column for row, column in places]
+
+
+# Copied from sft.micro_batches
+def micro_batches(batch: list, rank: int, world: int, args, sizes=lambda row: [len(row[0]) + len(row[1])]):
+    """(this rank's micro-batches of one optimizer step, useful share of the tokens that ranks compute or wait for).
+
+    Rows are (prompt, response, ...), of one sequence or of those whose `sizes` are given. They are dealt, the longest
+    first, so that micro-batches hold up to --micro_tokens and cost about the same, as many for every rank. Where there are
+    too few, a row with an empty response fills up: it has no token in any loss."""
+    lengths = [sizes(row) for row in batch]
+    total, order = sum(map(sum, lengths)), sorted(range(len(batch)), key=lambda i: -sum(lengths[i]))
+    count = max(1, total // (world * args.micro_tokens))
+    while True:
+        bins, costs = [[] for _ in range(count * world)], [0.0] * (count * world)
+        for j, i in enumerate(order):  # padded, those of like length go together
+            chunk = world * math.ceil(len(batch) / len(bins))
+            at = j // chunk * world + j % world if args.padding else costs.index(min(costs))
+            bins[at].append(i)
+            costs[at] += sum(n * (1 + n / 16384) for n in lengths[i])
+        held = [layout([n for i in some for n in lengths[i]], not args.padding, args.micro_tokens) for some in bins]
+        areas = [rows * width for _, rows, width in held]
+        if all(area <= args.micro_tokens or len(some) == 1 for area, some in zip(areas, bins, strict=True)):
+            break
+        count += max(1, count // 16)
+    found = [[batch[i] for i in some] or [(batch[order[-1]][0], [], *batch[order[-1]][2:])] for some in bins]
+    waited = sum(max(areas[at : at + world]) for at in range(0, len(areas), world))
+    return found[rank::world], total / (world * waited)
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -840,11 +898,10 @@ class Engine:
     """Backward passes and optimizer steps. One process with ZeRO stage 0 is plain torch; anything else is DeepSpeed.
 
     Losses are already divided by the whole step's token count, so gradients are *summed* over micro-batches and ranks:
-    DeepSpeed's means over both are undone."""
+    DeepSpeed's mean over ranks is undone."""
 
     def __init__(self, module, args, world: int):
         self.module, self.args, self.world, self.deepspeed = module, args, world, None
-        self.micro_steps = math.ceil(args.batch_size / (world * args.micro_batch_size))
         parameters = [p for p in module.parameters() if p.requires_grad]
         fused = not by_deepspeed(args) or parameters[0].is_cuda or None
         self.optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=fused)
@@ -853,8 +910,8 @@ class Engine:
         import deepspeed
 
         config = {
-            "train_micro_batch_size_per_gpu": args.micro_batch_size, "gradient_accumulation_steps": self.micro_steps,
-            "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": args.bf16}, "steps_per_print": 10**9,
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": args.max_grad_norm, "steps_per_print": 10**9,
+            "bf16": {"enabled": args.bf16},
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             # stage 0 in bf16 would sum the ranks' gradients in bf16 and shorten the first step by a quarter
             "zero_optimization": {"stage": args.zero_stage or int(args.bf16)},
@@ -876,11 +933,20 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def backward(self, loss):
+    def check(self):
+        """Stops where a family does not keep sequences that share a row apart."""
+        model = plain(self.module.model)
+        with self.autocast():
+            if not self.args.padding and not packing_gap(model) < (0.1 if self.args.bf16 else 1e-3):
+                stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
+
+    def backward(self, loss, last: bool = True):
+        """Of each micro-batch; `last` tells that the step's gradients are complete."""
         if not self.deepspeed:
             return loss.backward()
-        self.deepspeed.backward(loss * (self.world * self.micro_steps))
-        self.deepspeed.step()  # acts once all of the step's micro-batches are in
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
+        self.deepspeed.step()  # acts after the last
 
     def step(self):
         """Returns the gradient's global norm before clipping."""

@@ -47,7 +47,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from kernels import head_name, logit_gap, model_class, patch_head, read_head
+from kernels import head_name, hidden_states, keyed_gumbel, logit_gap, model_class, patch_head, read_head
 
 
 @dataclass
@@ -78,12 +78,18 @@ class Args:
     """the most probable token at each position instead of a sample; needs --n 1"""
     batch_size: int = 256
     """responses in one call of the engine, on one rank"""
+    micro_tokens: int = 16384
+    """tokens per forward pass of the reward model, on one rank"""
+    padding: bool = False
+    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
     max_prompt_tokens: int = 64
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 48
     """a response is sampled until EOS or this length"""
-    engine: Literal["generate", "generate_batch", "vllm"] = "generate"
-    """transformers' generate, its continuous batching (faster where lengths differ much, on a GPU), or vLLM (to be installed)"""
+    rollout: Literal["generate", "graph", "generate_batch", "vllm"] = "generate"
+    """transformers' generate, or with a captured decoding step (CUDA), or continuous batching; or vLLM (to be installed)"""
+    cache_gb: float = 8.0
+    """GB of keys and values that generate_batch and vllm may hold"""
     bf16: bool = False
     """bfloat16 weights and products (GPU)"""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
@@ -110,51 +116,40 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------------- the mathematics
 
 
-def signed(x: int) -> int:
-    """The 64-bit number that arithmetic on int64 tensors, which wraps, makes of x."""
-    return (x + 2**63) % 2**64 - 2**63
-
-
-GOLDEN = signed(0x9E3779B97F4A7C15)  # odd: steps of it visit every number
-
-
-def mixed(x):
-    """int64 → int64, the finaliser of SplitMix64 (Steele, Lea and Flood 2014): neighbours in, unrelated numbers out."""
-    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * signed(0xBF58476D1CE4E5B9)  # >> keeps the sign: the mask takes it off
-    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * signed(0x94D049BB133111EB)
-    return x ^ (x >> 31 & 0x1FFFFFFFF)
-
-
-def keyed_gumbel(keys, position: int, size: int):
-    """Standard Gumbel noise (B, size) fp32, a function of (key, position, index): keys (B,) int64."""
-    rows = mixed(mixed(keys) + signed(position * GOLDEN))
-    numbers = mixed(rows[:, None] + torch.arange(1, size + 1, device=keys.device) * GOLDEN)
-    u = ((numbers & (2**53 - 1)).double() + 0.5) * 2.0**-53
-    return -torch.log(-torch.log1p(-u)).float()  # -log1p(-u) resolves the small numbers that decide who wins
-
-
 def key_of(*what) -> int:
     """A signed 64-bit key of anything that JSON can write."""
     return int.from_bytes(hashlib.blake2b(json.dumps(what).encode(), digest_size=8).digest(), "big", signed=True)
 
 
 class KeyedNoise:
-    """A logits processor under which greedy decoding is an exact sample of softmax(logits / temperature), cut by top-p."""
+    """A logits processor under which greedy decoding is an exact sample of softmax(logits / temperature), cut by top-p.
 
-    def __init__(self, keys: list[int], args, device):
+    What a row draws is a function of its key alone, so a sample does not depend on what else is in the batch, nor on the
+    number of ranks; a row whose key is None is decoded greedily. The log-probs of drawn tokens are kept."""
+
+    def __init__(self, keys: list, temperature: float, device, top_p: float = 1.0):
         from transformers import TopPLogitsWarper
 
-        self.keys, self.position, self.args = torch.tensor(keys, device=device), 0, args
-        self.top_p = TopPLogitsWarper(args.top_p) if args.top_p < 1 else None
+        self.keys, self.temperature, self.logp = (
+            torch.tensor([key or 0 for key in keys], device=device),
+            temperature,
+            [],
+        )
+        self.greedy = torch.tensor([key is None for key in keys], device=device)[:, None]
+        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
 
     def __call__(self, input_ids, scores):
-        if self.args.greedy:
-            return scores
-        scores = scores.float() / self.args.temperature
+        scores = scores.float() / self.temperature
         if self.top_p:
             scores = self.top_p(input_ids, scores)
-        self.position += 1
-        return scores + keyed_gumbel(self.keys, self.position, scores.shape[-1])
+        noisy = scores + keyed_gumbel(self.keys, len(self.logp) + 1, scores.shape[-1]).masked_fill(self.greedy, 0)
+        drawn = scores.gather(-1, noisy.argmax(-1, keepdim=True))
+        self.logp.append(drawn - scores.logsumexp(-1, keepdim=True))
+        return noisy
+
+    def sampled(self, responses: list[list[int]]) -> list[list[float]]:
+        """Log-probs of the responses' tokens as generation computed them."""
+        return [row[: len(r)] for row, r in zip(torch.cat(self.logp, 1).tolist(), responses, strict=True)]
 
 
 # -------------------------------------------------------------------------------------------------------------- engines
@@ -163,7 +158,8 @@ class KeyedNoise:
 # Copied from dvpo.sample_responses
 def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[list[int]]:
     """Response ids, with the EOS unless cut, of this rank's prompts (ids)."""
-    width = max(map(len, prompts))
+    captured = args.rollout == "graph"  # one shape for every rollout: it is compiled once
+    width = args.max_prompt_tokens if captured else max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(input_ids)
     for i, prompt in enumerate(prompts):  # generation needs padding on the left
@@ -173,6 +169,7 @@ def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[li
         out = model.generate(
             input_ids=input_ids.to(device), attention_mask=mask.to(device), logits_processor=[noise],
             max_new_tokens=args.max_response_tokens, do_sample=False, use_cache=True,
+            cache_implementation="static" if captured else None,
         )  # fmt: skip
     ends = engine.module.ends
     responses = []
@@ -203,68 +200,114 @@ class Writer:
 
     def __init__(self, tokenizer, args, device):
         self.module = Policy(load_model("causal", args.policy, tokenizer, args, frozen=True)).to(device)
-        self.args, self.deepspeed, self.device = args, None, device
-        self.module.check(self)
+        self.args, self.deepspeed, self.optimizer, self.device = args, None, None, device
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
 
-def engine_generate(tokenizer, args, device):
-    writer = Writer(tokenizer, args, device)
+class Rollouts:
+    """Responses of the engine's policy by --rollout, each with the log-probs that its tokens were drawn at.
 
-    def write(prompts, keys):
-        return sample_responses(writer, prompts, KeyedNoise(keys, args, device), tokenizer, args, device)
+    generate: transformers' loop. graph: the same with a cache of one shape, so that on CUDA the decoding step is compiled
+    and captured. generate_batch: transformers' continuous batching, where a response that ends makes room for the next.
+    vllm: in this process and on this rank's GPU; before a rollout it is given a policy in training, afterwards it sleeps.
+    The first two draw the same from the same keys on any number of ranks."""
 
-    return write, writer.module.ends
-
-
-def engine_generate_batch(tokenizer, args, device):
-    """Continuous batching of transformers: a response that ends makes room for the next at once."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
-    writer = Writer(tokenizer, args, device)
-    ends, model = sorted(writer.module.ends), writer.module.model
-
-    def write(prompts, keys):
-        config = GenerationConfig(
-            do_sample=not args.greedy, temperature=args.temperature, top_p=args.top_p, top_k=0, eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id, max_new_tokens=args.max_response_tokens,
+    def __init__(self, engine, tokenizer, args, device, top_p: float = 1.0, rank: int = 0):
+        self.engine, self.tokenizer, self.args, self.device, self.top_p = engine, tokenizer, args, device, top_p
+        self.ends, self.training = end_tokens(args.policy, tokenizer), getattr(engine, "optimizer", None) is not None
+        if args.rollout != "vllm":
+            return
+        try:
+            from vllm import LLM
+        except ImportError:
+            stop("--rollout vllm: vLLM is not installed. `pip install vllm`, or use another engine")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
+        self.llm = LLM(
+            args.policy, dtype="bfloat16" if args.bf16 else "float32", trust_remote_code=args.trust_remote_code,
+            max_model_len=args.max_prompt_tokens + args.max_response_tokens, kv_cache_memory_bytes=int(args.cache_gb * 1e9),
+            distributed_executor_backend="external_launcher" if dist.is_initialized() else None, seed=rank,
+            logprobs_mode="processed_logprobs", enable_sleep_mode=self.training,
         )  # fmt: skip
-        pages = math.ceil((args.max_prompt_tokens + args.max_response_tokens) / 256)  # the cache holds the whole batch
-        batching = ContinuousBatchingConfig(seed=key_of(args.seed, keys) % 2**31, num_blocks=pages * len(prompts) + 1,
-                                            max_batch_tokens=4096)  # fmt: skip
-        found = model.generate_batch(prompts, config, batching)
-        order = sorted(found.values(), key=lambda output: int(output.request_id.rpartition("_")[2]))
-        for output in order:
+        if self.training:
+            self.llm.sleep(level=2)
+
+    def __call__(self, prompts: list[list[int]], keys: list) -> list[tuple[list[int], list[float]]]:
+        """keys: an integer for each prompt (a row of noise), or None for the most probable tokens."""
+        return getattr(self, "generate" if self.args.rollout == "graph" else self.args.rollout)(prompts, keys)
+
+    def generate(self, prompts, keys):
+        noise = KeyedNoise(keys, self.args.temperature, self.device, self.top_p)
+        responses = sample_responses(self.engine, prompts, noise, self.tokenizer, self.args, self.device)
+        return list(zip(responses, noise.sampled(responses), strict=True))
+
+    def generate_batch(self, prompts, keys):
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        greedy = [i for i, key in enumerate(keys) if key is None]
+        if 0 < len(greedy) < len(keys):  # one setting for all requests
+            found = [(), ()]
+            for kind in (True, False):
+                some = [i for i, key in enumerate(keys) if (key is None) == kind]
+                found[kind] = iter(self.generate_batch([prompts[i] for i in some], [keys[i] for i in some]))
+            return [next(found[key is None]) for key in keys]
+        args, config = self.args, plain(self.engine.module.model).config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        page = 256 * config.num_hidden_layers * 2 * heads * width * self.engine.module.model.dtype.itemsize  # bytes
+        pages = math.ceil((args.max_prompt_tokens + args.max_response_tokens) / 256)  # of one response
+        blocks = max(pages, min(pages * len(prompts), int(args.cache_gb * 1e9 / page))) + 1
+        settings = GenerationConfig(
+            do_sample=not greedy, temperature=args.temperature, top_p=self.top_p, top_k=0, eos_token_id=self.ends,
+            pad_token_id=self.tokenizer.pad_token_id, max_new_tokens=args.max_response_tokens,
+        )  # fmt: skip
+        batching = ContinuousBatchingConfig(seed=key_of(keys) % 2**31, num_blocks=blocks, max_batch_tokens=4096,
+                                            return_logprobs=True)  # fmt: skip
+        with torch.no_grad(), unwrapped(self.engine) as model, self.engine.autocast():
+            found = model.generate_batch(prompts, settings, batching)
+        outputs = sorted(found.values(), key=lambda output: int(output.request_id.rpartition("_")[2]))
+        for output in outputs:
             if output.error:
-                stop(f"--engine generate_batch: {output.error}. Use --engine generate")
-        return [cut_at(output.generated_tokens, ends) for output in order]
+                stop(f"--rollout generate_batch: {output.error}. Use --rollout generate")
+        return [cut_at(output.generated_tokens, output.logprobs, self.ends) for output in outputs]
 
-    return write, ends
+    def vllm(self, prompts, keys):
+        from vllm import SamplingParams
 
-
-def engine_vllm(tokenizer, args, device):
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError:
-        stop("--engine vllm: vLLM is not installed. `pip install vllm`, or use --engine generate")
-    model = LLM(args.policy, dtype="bfloat16" if args.bf16 else "float32", trust_remote_code=args.trust_remote_code,
-                max_model_len=args.max_prompt_tokens + args.max_response_tokens)  # fmt: skip
-    ends = end_tokens(args.policy, tokenizer)
-
-    def write(prompts, keys):
+        args = self.args
+        if self.training:
+            self.llm.wake_up(tags=["weights"])
+            with whole(self.engine.module, args):
+                weights = merged_weights(self.engine.module.model)
+                self.llm.apply_model(lambda model: model.load_weights(weights))
+            self.llm.wake_up(tags=["kv_cache"])
         settings = [
             SamplingParams(
-                temperature=0.0 if args.greedy else args.temperature, top_p=args.top_p, top_k=-1, seed=key % 2**31,
-                max_tokens=args.max_response_tokens, stop_token_ids=ends,
+                temperature=0.0 if key is None else args.temperature, top_p=self.top_p, seed=(key or 0) % 2**31,
+                max_tokens=args.max_response_tokens, stop_token_ids=self.ends, logprobs=0,
             )
             for key in keys
         ]  # fmt: skip
-        found = model.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
-        return [cut_at(list(output.outputs[0].token_ids), ends) for output in found]
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        found = [output.outputs[0] for output in self.llm.generate(asked, settings, use_tqdm=False)]
+        if self.training:
+            self.llm.sleep(level=2)
+        logps = [[of[token].logprob for token, of in zip(x.token_ids, x.logprobs, strict=True)] for x in found]
+        return [cut_at(list(x.token_ids), logp, self.ends) for x, logp in zip(found, logps, strict=True)]
 
-    return write, ends
+
+def merged_weights(model):
+    """(name, tensor) of a causal LM's weights under their Hugging Face names; adapters are added to copies."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        layer = layers.get(name.removesuffix(".base_layer.weight"))
+        if layer is not None:
+            for adapter in layer.active_adapters:
+                parameter = parameter.detach() + layer.get_delta_weight(adapter).to(parameter.dtype)
+        yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter.detach()
 
 
 def end_tokens(name: str, tokenizer) -> list[int]:
@@ -284,9 +327,10 @@ def end_tokens(name: str, tokenizer) -> list[int]:
     )
 
 
-def cut_at(tokens: list[int], ends) -> list[int]:
-    """Up to and with the first end token."""
-    return tokens[: next((t + 1 for t, token in enumerate(tokens) if token in ends), len(tokens))]
+def cut_at(tokens: list[int], logps: list[float], ends):
+    """Both up to and with the first end token."""
+    length = next((t + 1 for t, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:length], logps[:length]
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
@@ -300,12 +344,11 @@ class RewardModel(torch.nn.Module):
         super().__init__()
         self.model, self.decoder = model, decoder
 
-    def forward(self, input_ids, lengths):
+    def forward(self, input_ids, position_ids, last):
         if not self.decoder:
-            mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+            mask = torch.arange(input_ids.numel(), device=last.device).view(input_ids.shape) <= last[:, None]
             return self.model(input_ids=input_ids, attention_mask=mask.long()).logits.float().squeeze(-1)
-        last = torch.arange(len(lengths), device=lengths.device) * input_ids.shape[1] + lengths - 1
-        return read_head(plain(self.model), input_ids, last)
+        return read_head(plain(self.model), input_ids, position_ids, last)
 
 
 # Copied from rm.is_decoder
@@ -321,13 +364,27 @@ def is_decoder(name: str, args) -> bool:
 
 
 # Copied from rm.collate_scored
-def collate_scored(sequences: list[list[int]], pad_token_id: int, device):
-    """Right-padded (R, L) ids and (R,) lengths."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    input_ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
-    for i, sequence in enumerate(sequences):
-        input_ids[i, : len(sequence)] = torch.tensor(sequence)
-    return input_ids.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+def collate_scored(sequences: list[list[int]], pad_token_id: int, device=None, args=None):
+    """(input_ids (B, L), position_ids (B, L) or None, flat positions (R,) of the sequences' last tokens)."""
+    ids, positions, starts = lay_out(sequences, pad_token_id, args)
+    last = torch.tensor([start + len(sequence) - 1 for start, sequence in zip(starts, sequences, strict=True)])
+    return tuple(x if x is None else x.to(device, non_blocking=True) for x in (ids, positions, last))
+
+
+# Copied from rm.score_sequences
+def score_sequences(model, sequences, pad_token_id: int, args, rank: int, world: int, device) -> list[float]:
+    """Rewards of token sequences, without gradients, shared out over the ranks; all get all."""
+    found = []
+    for at in range(0, len(sequences), 1024):
+        rows = [([], [True], sequence, i) for i, sequence in enumerate(sequences[at : at + 1024])]
+        scores = torch.zeros(len(rows), device=device)
+        with torch.no_grad():
+            for micro in micro_batches(rows, rank, world, args, lambda row: [len(row[2])])[0]:
+                given = model(*collate_scored([row[2] for row in micro], pad_token_id, device, args))
+                index = torch.tensor([i for _, real, _, i in micro if real], dtype=torch.long, device=device)
+                scores.index_add_(0, index, given[: len(index)])
+        found += (all_sum(scores) if world > 1 else scores).tolist()
+    return found
 
 
 # Copied from rm.encode_pair
@@ -359,21 +416,25 @@ class TextReward:
         model = load_model("reward", name, self.tokenizer, args, frozen=True)
         self.mean, self.std = (getattr(config, f"reward_{x}", y) for x, y in (("mean", 0.0), ("std", 1.0)))
         self.model = RewardModel(model, self.decoder).to(device)
-        self.bf16 = args.bf16
+        self.bf16, self.reading = args.bf16, SimpleNamespace(micro_tokens=args.micro_tokens, padding=not self.decoder)
+        self.reading.padding |= args.padding
         # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
         self.limit = getattr(config, "max_position_embeddings", None) or 10**9
         part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
         self.limits = SimpleNamespace(max_prompt_tokens=part, max_response_tokens=part)
 
-    def __call__(self, prompts: list, texts: list[str], complete: list[bool], batch_size: int = 64) -> list[float]:
-        """One score per (prompt: string or messages, text); `complete` tells which texts came to an EOS."""
+    def __call__(
+        self, prompts: list, texts: list[str], complete: list[bool], rank: int = 0, world: int = 1
+    ) -> list[float]:
+        """One score per (prompt: string or messages, text); `complete` tells which texts came to an EOS. Of `world` ranks
+        each gives its own and gets the scores of all, in order of rank."""
         if self.name == "gold":
             import toy
 
             asked = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
             whole = [text if ended else f"{text} {toy.UNK}" for text, ended in zip(texts, complete, strict=True)]
             try:
-                return [toy.gold(*pair) for pair in zip(asked, whole, strict=True)]
+                return gather_lists([toy.gold(*pair) for pair in zip(asked, whole, strict=True)], world)
             except ValueError as error:
                 stop(f"--reward_model gold scores prompts of the toy world only, and this is {error}")
         sequences = []
@@ -389,15 +450,10 @@ class TextReward:
             if len(sequences[-1]) > self.limit:
                 stop(f"a response to {str(prompt)[:60]!r} has {len(sequences[-1])} tokens for the reward model {self.name}, which reads {self.limit}: "
                      "lower --max_prompt_tokens or --max_response_tokens")  # fmt: skip
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        scores = [0.0] * len(sequences)
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            for at in range(0, len(order), batch_size):
-                some = order[at : at + batch_size]
-                batch = collate_scored([sequences[i] for i in some], self.tokenizer.pad_token_id, self.device)
-                for i, score in zip(some, self.model(*batch).tolist(), strict=True):
-                    scores[i] = score
-        return scores
+        sequences = gather_lists(sequences, world)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            pad = self.tokenizer.pad_token_id
+            return score_sequences(self.model, sequences, pad, self.reading, rank, world, self.device)
 
 
 # ------------------------------------------------------------------------------------------------------------- the file
@@ -457,8 +513,6 @@ def train(args: Args) -> Path:
     rank, world, device = init_distributed(args)
     if min(args.n, args.best_of) < 1 or not args.temperature > 0 or not 0 < args.top_p <= 1:
         stop("--n and --best_of must be 1 or more, --temperature above 0 (or --greedy), --top_p above 0 and at most 1")
-    if args.engine == "vllm" and world > 1:
-        stop("--engine vllm is one process, which takes its GPUs itself: run it without torchrun")
     if args.greedy and args.n * args.best_of > 1:
         stop("--greedy gives one response to a prompt: add --n 1 --best_of 1")
     missing(args.policy, "python sft.py")
@@ -489,9 +543,8 @@ def train(args: Args) -> Path:
                 path.unlink()
     gather_lists([], world)
     part = folder / "parts" / f"rank_{rank}.jsonl"
-    write, ends = {"generate": engine_generate, "generate_batch": engine_generate_batch, "vllm": engine_vllm}[
-        args.engine
-    ](tokenizer, args, device)
+    writer = Writer(tokenizer, args, device) if args.rollout != "vllm" else None
+    write = Rollouts(writer, tokenizer, args, device, args.top_p, rank)
     mine = [batch for batch in batches[rank::world] if batch[0] not in rows]
     bar = tqdm(total=len(questions), initial=len(rows), desc="sample", disable=rank > 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stderr.isatty() else 30)  # fmt: skip
@@ -500,9 +553,10 @@ def train(args: Args) -> Path:
         for batch in mine:
             asked = [questions[i] for i in batch for _ in range(per_prompt)]
             keys = [key_of(questions[i][2], j) for i in batch for j in range(per_prompt)]
-            responses = write([ids for _, ids, _ in asked], keys)
-            texts = [tokenizer.decode([t for t in r if t not in ends]) for r in responses]
-            complete = [bool(r) and r[-1] in ends for r in responses]
+            found = write([ids for _, ids, _ in asked], [None] * len(keys) if args.greedy else keys)
+            responses = [response for response, _ in found]
+            texts = [tokenizer.decode([t for t in r if t not in write.ends]) for r in responses]
+            complete = [bool(r) and r[-1] in write.ends for r in responses]
             scores = reward([prompt for prompt, *_ in asked], texts, complete)
             if not all(map(math.isfinite, scores)):
                 stop(f"the reward model {args.reward_model} gave a score that is not finite")
@@ -577,7 +631,7 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     if not preset and not toy.is_model(start):
         args = read(default=args_class(**paper))
     args.settings = f"preset {preset}'s" if preset else "the toy world's" if toy.is_model(start) else "the paper's"
-    for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
+    for name in ("batch_size", "micro_tokens", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
         if getattr(args, name, 1) < 1:
             stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
     return args
@@ -911,13 +965,76 @@ def encode(tokenizer, row: dict, field: str | None, args):
 
 # Copied from sft.Batch
 class Batch(NamedTuple):
-    """Sequences [prompt | response | padding]. Causal models need no attention mask for padding on the right."""
+    """Sequences [prompt | response] in B rows. Causal models need no attention mask for what fills a row on the right."""
 
     input_ids: torch.Tensor  # (B, L)
+    position_ids: torch.Tensor | None  # (B, L), from 0 in each sequence; None where each has a row
     predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
     target: torch.Tensor  # (N,) those response tokens
     cell: torch.Tensor  # (N,) their flat positions in (B, T)
-    response_mask: torch.Tensor  # (B, T) bool
+    response_mask: torch.Tensor  # (R, T) bool, of R sequences
+
+
+# Copied from sft.layout
+def layout(lengths: list[int], packed: bool, room: int = 0):
+    """Where sequences lie: ((row, column) of each, number of rows, their length). Packed, they share rows so that padding
+    and attention, which goes by a row's length squared, cost least; within `room` tokens if they fit at all."""
+    if not packed:
+        return [(i, 0) for i in range(len(lengths))], len(lengths), max(lengths, default=0)
+    order, best, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), math.inf, ([], 0, 0)
+    for rows in range(1, len(lengths) + 1):
+        if rows * lengths[order[0]] > best:  # more rows can but cost more
+            break
+        ends, places = [0] * rows, [(0, 0)] * len(lengths)
+        for i in order:
+            row = ends.index(min(ends))
+            places[i] = (row, ends[row])
+            ends[row] += lengths[i]
+        width = max(ends)
+        cost = rows * width * (1 + width / 16384)  # of a model of a thousand or two dimensions; it need not be exact
+        if cost < best and (rows == 1 or rows * width <= room):
+            best, found = cost, (places, rows, width)
+    return found
+
+
+# Copied from sft.lay_out
+def lay_out(sequences: list[list[int]], pad_token_id: int, args=None):
+    """(input_ids (B, L), position_ids (B, L) or None, where each begins in input_ids.flatten()) of token sequences: packed
+    into rows under `args` without --padding, else a row each."""
+    packed, room = bool(args) and not args.padding, args.micro_tokens if args else 0
+    places, rows, width = layout([len(sequence) for sequence in sequences], packed, room)
+    input_ids, positions = torch.full((rows, width), pad_token_id), torch.zeros((rows, width), dtype=torch.long)
+    for (row, column), sequence in zip(places, sequences, strict=True):
+        input_ids[row, column : column + len(sequence)] = torch.tensor(sequence)
+        positions[row, column : column + len(sequence)] = torch.arange(len(sequence))
+    return input_ids, positions if rows < len(sequences) else None, [row * width + column for row, column in places]
+
+
+# Copied from sft.micro_batches
+def micro_batches(batch: list, rank: int, world: int, args, sizes=lambda row: [len(row[0]) + len(row[1])]):
+    """(this rank's micro-batches of one optimizer step, useful share of the tokens that ranks compute or wait for).
+
+    Rows are (prompt, response, ...), of one sequence or of those whose `sizes` are given. They are dealt, the longest
+    first, so that micro-batches hold up to --micro_tokens and cost about the same, as many for every rank. Where there are
+    too few, a row with an empty response fills up: it has no token in any loss."""
+    lengths = [sizes(row) for row in batch]
+    total, order = sum(map(sum, lengths)), sorted(range(len(batch)), key=lambda i: -sum(lengths[i]))
+    count = max(1, total // (world * args.micro_tokens))
+    while True:
+        bins, costs = [[] for _ in range(count * world)], [0.0] * (count * world)
+        for j, i in enumerate(order):  # padded, those of like length go together
+            chunk = world * math.ceil(len(batch) / len(bins))
+            at = j // chunk * world + j % world if args.padding else costs.index(min(costs))
+            bins[at].append(i)
+            costs[at] += sum(n * (1 + n / 16384) for n in lengths[i])
+        held = [layout([n for i in some for n in lengths[i]], not args.padding, args.micro_tokens) for some in bins]
+        areas = [rows * width for _, rows, width in held]
+        if all(area <= args.micro_tokens or len(some) == 1 for area, some in zip(areas, bins, strict=True)):
+            break
+        count += max(1, count // 16)
+    found = [[batch[i] for i in some] or [(batch[order[-1]][0], [], *batch[order[-1]][2:])] for some in bins]
+    waited = sum(max(areas[at : at + world]) for at in range(0, len(areas), world))
+    return found[rank::world], total / (world * waited)
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -1042,8 +1159,8 @@ class Policy(torch.nn.Module):
         patch_head(plain(model))
 
     def forward(self, batch: Batch, temperature: float = 1.0, token_weight: float | None = None):
-        hidden = plain(self.model).get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, batch.predict)
+        hidden = hidden_states(plain(self.model).get_decoder(), batch.input_ids, batch.position_ids)
+        hidden = hidden.index_select(0, batch.predict)
         found = plain(self.model).get_output_embeddings()(hidden, batch.target, temperature, token_weight)
         if token_weight is not None:
             return found
@@ -1052,6 +1169,7 @@ class Policy(torch.nn.Module):
 
     def check(self, engine):
         """Stops where a family makes its logits in a way that is not known here."""
+        engine.check()
         with engine.autocast():
             gap = logit_gap(plain(self.model))
         if not gap < (0.1 if engine.args.bf16 else 1e-3):

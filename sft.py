@@ -8,10 +8,10 @@ Every token's weight is known before its log-prob is, so the LM head forms loss 
 products of its size, where a loss that must see the log-probs first needs four. The sum in the denominator runs over the
 whole optimizer step (all micro-batches, all ranks), so the gradient does not depend on how a batch is split.
 
-Left out on purpose: packing, validation loss, learning-rate sweeps.
+Left out on purpose: validation loss, learning-rate sweeps.
 
     python sft.py                                                    # CPU: a small model in the toy world of toy.py
-    python sft.py llama3.2-3b --micro_batch_size 1 --lora_r 16       # 1 GPU
+    python sft.py llama3.2-3b --micro_tokens 2048 --lora_r 16        # 1 GPU
     torchrun --nproc_per_node 8 sft.py llama3.2-3b                   # 8 GPUs, the DVPO paper's setting
 """
 
@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kernels import head_name, logit_gap, model_class, patch_head
+from kernels import head_name, hidden_states, logit_gap, model_class, packing_gap, patch_head
 
 
 @dataclass
@@ -70,8 +70,10 @@ class Args:
     """gradient clipping by global norm; 0 turns it off"""
     batch_size: int = 32
     """sequences per optimizer step, over all ranks (paper: 16)"""
-    micro_batch_size: int = 64
-    """sequences per forward pass on one rank"""
+    micro_tokens: int = 4096
+    """tokens per forward pass on one rank; a longer sequence is a pass of its own"""
+    padding: bool = False
+    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
     max_prompt_tokens: int = 64
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 64
@@ -100,7 +102,7 @@ class Args:
 
 PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings
     "data": "openbmb/UltraFeedback", "split": "train[:30%]", "learning_rate": 2e-5, "warmup_steps": 2, "batch_size": 16,
-    "micro_batch_size": 2, "max_prompt_tokens": 1024, "max_response_tokens": 1024,
+    "max_prompt_tokens": 1024, "max_response_tokens": 1024,
 }  # fmt: skip
 _gpus = {"chat_template": "plain", "gradient_checkpointing": True, "bf16": True, "zero_stage": 1, "save_every": 500}
 PRESETS = {
@@ -143,12 +145,13 @@ def train(args: Args) -> Path:
         tokens = sum(len(response) for _, response, _ in batch)
         loss_sum = torch.zeros((), device=device)
         engine.set_rate(args.learning_rate * schedule(step, total, args.warmup_steps, "cosine"))
-        for micro in micro_batches(batch, rank, world, args):
-            loss = engine(collate(micro, tokenizer.pad_token_id, device), token_weight=1 / tokens)
-            engine.backward(loss)
+        micros, useful = micro_batches(batch, rank, world, args)
+        for micro in micros:
+            loss = engine(collate(micro, tokenizer.pad_token_id, device, args), token_weight=1 / tokens)
+            engine.backward(loss, last=micro is micros[-1])
             loss_sum += loss.detach()
-        grad_norm = engine.step()
-        run.log({"loss": all_sum(loss_sum), "learning_rate": engine.rate, "grad_norm": grad_norm, "tokens": tokens})
+        grad_norm, sums = engine.step(), {"loss": all_sum(loss_sum), "tokens": tokens, "useful_tokens": useful}
+        run.log({**sums, "learning_rate": engine.rate, "grad_norm": grad_norm})
     return run.finish()
 
 
@@ -190,7 +193,7 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     if not preset and not toy.is_model(start):
         args = read(default=args_class(**paper))
     args.settings = f"preset {preset}'s" if preset else "the toy world's" if toy.is_model(start) else "the paper's"
-    for name in ("batch_size", "micro_batch_size", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
+    for name in ("batch_size", "micro_tokens", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
         if getattr(args, name, 1) < 1:
             stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
     return args
@@ -511,41 +514,89 @@ def encode(tokenizer, row: dict, field: str | None, args):
 
 
 class Batch(NamedTuple):
-    """Sequences [prompt | response | padding]. Causal models need no attention mask for padding on the right."""
+    """Sequences [prompt | response] in B rows. Causal models need no attention mask for what fills a row on the right."""
 
     input_ids: torch.Tensor  # (B, L)
+    position_ids: torch.Tensor | None  # (B, L), from 0 in each sequence; None where each has a row
     predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
     target: torch.Tensor  # (N,) those response tokens
     cell: torch.Tensor  # (N,) their flat positions in (B, T)
-    response_mask: torch.Tensor  # (B, T) bool
+    response_mask: torch.Tensor  # (R, T) bool, of R sequences
 
 
-def collate(rows, pad_token_id: int, device=None) -> Batch:
+def layout(lengths: list[int], packed: bool, room: int = 0):
+    """Where sequences lie: ((row, column) of each, number of rows, their length). Packed, they share rows so that padding
+    and attention, which goes by a row's length squared, cost least; within `room` tokens if they fit at all."""
+    if not packed:
+        return [(i, 0) for i in range(len(lengths))], len(lengths), max(lengths, default=0)
+    order, best, found = sorted(range(len(lengths)), key=lambda i: -lengths[i]), math.inf, ([], 0, 0)
+    for rows in range(1, len(lengths) + 1):
+        if rows * lengths[order[0]] > best:  # more rows can but cost more
+            break
+        ends, places = [0] * rows, [(0, 0)] * len(lengths)
+        for i in order:
+            row = ends.index(min(ends))
+            places[i] = (row, ends[row])
+            ends[row] += lengths[i]
+        width = max(ends)
+        cost = rows * width * (1 + width / 16384)  # of a model of a thousand or two dimensions; it need not be exact
+        if cost < best and (rows == 1 or rows * width <= room):
+            best, found = cost, (places, rows, width)
+    return found
+
+
+def lay_out(sequences: list[list[int]], pad_token_id: int, args=None):
+    """(input_ids (B, L), position_ids (B, L) or None, where each begins in input_ids.flatten()) of token sequences: packed
+    into rows under `args` without --padding, else a row each."""
+    packed, room = bool(args) and not args.padding, args.micro_tokens if args else 0
+    places, rows, width = layout([len(sequence) for sequence in sequences], packed, room)
+    input_ids, positions = torch.full((rows, width), pad_token_id), torch.zeros((rows, width), dtype=torch.long)
+    for (row, column), sequence in zip(places, sequences, strict=True):
+        input_ids[row, column : column + len(sequence)] = torch.tensor(sequence)
+        positions[row, column : column + len(sequence)] = torch.arange(len(sequence))
+    return input_ids, positions if rows < len(sequences) else None, [row * width + column for row, column in places]
+
+
+def collate(rows, pad_token_id: int, device=None, args=None) -> Batch:
     """Batch of (prompt ids, response ids, ...) rows. Masks come from lengths: pad may equal EOS."""
-    length = max(len(p) + len(r) for p, r, *_ in rows)
-    width = max(1, *(len(r) for _, r, *_ in rows))
-    input_ids, mask = torch.full((len(rows), length), pad_token_id), torch.zeros(len(rows), width, dtype=torch.bool)
+    ids, positions, starts = lay_out([[*prompt, *response] for prompt, response, *_ in rows], pad_token_id, args)
+    width = max(1, *(len(response) for _, response, *_ in rows))
     predict, target, cell = [], [], []
-    for i, (prompt, response, *_) in enumerate(rows):
-        input_ids[i, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-        predict.extend(range(i * length + len(prompt) - 1, i * length + len(prompt) + len(response) - 1))
+    for i, (start, (prompt, response, *_)) in enumerate(zip(starts, rows, strict=True)):
+        predict.extend(range(start + len(prompt) - 1, start + len(prompt) + len(response) - 1))
         cell.extend(range(i * width, i * width + len(response)))
         target.extend(response)
-        mask[i, : len(response)] = True
+    mask = torch.zeros(len(rows) * width, dtype=torch.bool)
+    mask[cell] = True
     flat = (torch.tensor(x, dtype=torch.long) for x in (predict, target, cell))
-    return Batch(*(x.to(device, non_blocking=True) for x in (input_ids, *flat, mask)))
+    parts = ids, positions, *flat, mask.view(len(rows), width)
+    return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in parts))
 
 
-def micro_batches(batch: list, rank: int, world: int, args) -> list[list]:
-    """This rank's micro-batches of one optimizer step, of (prompt, response, ...) rows: the same number and size for all.
+def micro_batches(batch: list, rank: int, world: int, args, sizes=lambda row: [len(row[0]) + len(row[1])]):
+    """(this rank's micro-batches of one optimizer step, useful share of the tokens that ranks compute or wait for).
 
-    Rows are sorted by length so that a micro-batch pads little; where they do not divide, a prompt whose response is
-    empty fills up: it has no token in any loss."""
-    count = math.ceil(args.batch_size / (world * args.micro_batch_size))
-    size = world * math.ceil(len(batch) / (world * count))
-    rows = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
-    rows = [(rows[0][0], [], *rows[0][2:])] * (count * size - len(rows)) + rows
-    return [rows[at + rank : at + size : world] for at in range(0, len(rows), size)]
+    Rows are (prompt, response, ...), of one sequence or of those whose `sizes` are given. They are dealt, the longest
+    first, so that micro-batches hold up to --micro_tokens and cost about the same, as many for every rank. Where there are
+    too few, a row with an empty response fills up: it has no token in any loss."""
+    lengths = [sizes(row) for row in batch]
+    total, order = sum(map(sum, lengths)), sorted(range(len(batch)), key=lambda i: -sum(lengths[i]))
+    count = max(1, total // (world * args.micro_tokens))
+    while True:
+        bins, costs = [[] for _ in range(count * world)], [0.0] * (count * world)
+        for j, i in enumerate(order):  # padded, those of like length go together
+            chunk = world * math.ceil(len(batch) / len(bins))
+            at = j // chunk * world + j % world if args.padding else costs.index(min(costs))
+            bins[at].append(i)
+            costs[at] += sum(n * (1 + n / 16384) for n in lengths[i])
+        held = [layout([n for i in some for n in lengths[i]], not args.padding, args.micro_tokens) for some in bins]
+        areas = [rows * width for _, rows, width in held]
+        if all(area <= args.micro_tokens or len(some) == 1 for area, some in zip(areas, bins, strict=True)):
+            break
+        count += max(1, count // 16)
+    found = [[batch[i] for i in some] or [(batch[order[-1]][0], [], *batch[order[-1]][2:])] for some in bins]
+    waited = sum(max(areas[at : at + world]) for at in range(0, len(areas), world))
+    return found[rank::world], total / (world * waited)
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -688,8 +739,8 @@ class Policy(torch.nn.Module):
         patch_head(plain(model))
 
     def forward(self, batch: Batch, temperature: float = 1.0, token_weight: float | None = None):
-        hidden = plain(self.model).get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, batch.predict)
+        hidden = hidden_states(plain(self.model).get_decoder(), batch.input_ids, batch.position_ids)
+        hidden = hidden.index_select(0, batch.predict)
         found = plain(self.model).get_output_embeddings()(hidden, batch.target, temperature, token_weight)
         if token_weight is not None:
             return found
@@ -698,6 +749,7 @@ class Policy(torch.nn.Module):
 
     def check(self, engine):
         """Stops where a family makes its logits in a way that is not known here."""
+        engine.check()
         with engine.autocast():
             gap = logit_gap(plain(self.model))
         if not gap < (0.1 if engine.args.bf16 else 1e-3):
@@ -712,11 +764,10 @@ class Engine:
     """Backward passes and optimizer steps. One process with ZeRO stage 0 is plain torch; anything else is DeepSpeed.
 
     Losses are already divided by the whole step's token count, so gradients are *summed* over micro-batches and ranks:
-    DeepSpeed's means over both are undone."""
+    DeepSpeed's mean over ranks is undone."""
 
     def __init__(self, module, args, world: int):
         self.module, self.args, self.world, self.deepspeed = module, args, world, None
-        self.micro_steps = math.ceil(args.batch_size / (world * args.micro_batch_size))
         parameters = [p for p in module.parameters() if p.requires_grad]
         fused = not by_deepspeed(args) or parameters[0].is_cuda or None
         self.optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=fused)
@@ -725,8 +776,8 @@ class Engine:
         import deepspeed
 
         config = {
-            "train_micro_batch_size_per_gpu": args.micro_batch_size, "gradient_accumulation_steps": self.micro_steps,
-            "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": args.bf16}, "steps_per_print": 10**9,
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": args.max_grad_norm, "steps_per_print": 10**9,
+            "bf16": {"enabled": args.bf16},
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             # stage 0 in bf16 would sum the ranks' gradients in bf16 and shorten the first step by a quarter
             "zero_optimization": {"stage": args.zero_stage or int(args.bf16)},
@@ -748,11 +799,20 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def backward(self, loss):
+    def check(self):
+        """Stops where a family does not keep sequences that share a row apart."""
+        model = plain(self.module.model)
+        with self.autocast():
+            if not self.args.padding and not packing_gap(model) < (0.1 if self.args.bf16 else 1e-3):
+                stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
+
+    def backward(self, loss, last: bool = True):
+        """Of each micro-batch; `last` tells that the step's gradients are complete."""
         if not self.deepspeed:
             return loss.backward()
-        self.deepspeed.backward(loss * (self.world * self.micro_steps))
-        self.deepspeed.step()  # acts once all of the step's micro-batches are in
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
+        self.deepspeed.step()  # acts after the last
 
     def step(self):
         """Returns the gradient's global norm before clipping."""

@@ -49,17 +49,17 @@ SHAPES = {  # the model; responses per rollout, per optimizer step and per micro
     "tiny": (
         {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 4},
-        {"rollout_batch_size": 64, "batch_size": 32, "micro_batch_size": 32, "prompt_tokens": 24, "response_tokens": 32},
+        {"rollout_batch_size": 64, "batch_size": 32, "micro_tokens": 2048, "prompt_tokens": 24, "response_tokens": 32},
     ),
     "100m": (
         {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
          "num_attention_heads": 12, "num_key_value_heads": 12, "tie_word_embeddings": True},
-        {"rollout_batch_size": 8, "batch_size": 4, "micro_batch_size": 4, "prompt_tokens": 48, "response_tokens": 48},
+        {"rollout_batch_size": 8, "batch_size": 4, "micro_tokens": 384, "prompt_tokens": 48, "response_tokens": 48},
     ),
     "llama3.2-1b": (
         {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
-        {"rollout_batch_size": 64, "batch_size": 32, "micro_batch_size": 8, "prompt_tokens": 256, "response_tokens": 256,
+        {"rollout_batch_size": 64, "batch_size": 32, "micro_tokens": 4096, "prompt_tokens": 256, "response_tokens": 256,
          "bf16": True},
     ),
 }  # fmt: skip
@@ -222,7 +222,7 @@ def worker(algo: str, folder: Path, settings: dict):
 
     module.load_model, module.Run.restore, module.Run.finish = load_model, restoring, finish
     module.time = SimpleNamespace(time=now)
-    args = {name: settings[name] for name in ("rollout_batch_size", "batch_size", "micro_batch_size", "zero_stage", "bf16",
+    args = {name: settings[name] for name in ("rollout_batch_size", "batch_size", "micro_tokens", "zero_stage", "bf16",
                                               "gradient_checkpointing")}  # fmt: skip
     args |= {"policy": folder / "policy", "data": folder / "prompts.jsonl", "output_dir": folder / "run", "ppo_epochs": 4,
              "max_prompt_tokens": settings["prompt_tokens"], "max_response_tokens": settings["response_tokens"],
@@ -399,7 +399,7 @@ def main():
     parser.add_argument("--nproc", type=int, default=1, help="processes, each with a GPU if there are GPUs")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    for name in ("rollout_batch_size", "batch_size", "micro_batch_size", "prompt_tokens", "response_tokens"):
+    for name in ("rollout_batch_size", "batch_size", "micro_tokens", "prompt_tokens", "response_tokens"):
         parser.add_argument(f"--{name}", type=int, help="default by shape")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the processor time of the process, "

@@ -139,14 +139,14 @@ class Model:
             text = json.dumps(prompt)
             seen[text] = seen.get(text, 0) + 1
             jobs += [(i, sample.key_of(sample.key_of(seed, text, seen[text]), j)) for j in range(n)]
+        write = sample.Rollouts(self.writer, self.tokenizer, self.args, self.device, self.args.top_p)
         found = []
         short = len(jobs) <= 8 * batch_size  # too soon over for a bar
         for at in tqdm(range(0, len(jobs), batch_size), desc="sampling", mininterval=2, leave=False, disable=short):
             some = jobs[at : at + batch_size]
-            noise = sample.KeyedNoise([key for _, key in some], self.args, self.device)
-            found += sample.sample_responses(
-                self.writer, [i for i, _ in some], noise, self.tokenizer, self.args, self.device
-            )
+            prompts, keys = zip(*some, strict=True)
+            drawn = write(list(prompts), [None] * len(keys) if self.args.greedy else list(keys))
+            found += [response for response, _ in drawn]
         return found
 
     def log_probs(self, ids, responses, batch_size: int = 256):

@@ -129,7 +129,7 @@ def settings(args) -> dvpo.Args:
     """The scripts' own arguments that loading, encoding and scoring read."""
     return dvpo.Args(
         max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens, bf16=args.bf16,
-        micro_batch_size=args.micro_batch_size, skip_bad_rows=getattr(args, "skip_bad_rows", False),
+        skip_bad_rows=getattr(args, "skip_bad_rows", False),
     )  # fmt: skip
 
 
@@ -138,6 +138,7 @@ class Sampler:
 
     def __init__(self, name: str, args):
         sft.missing(name)
+        self.batch_size = args.micro_batch_size
         self.args, self.tokenizer = settings(args), sft.load_tokenizer(name, settings(args))
         self.model = calibration.Model(name, self.tokenizer, self.args, device())
 
@@ -151,7 +152,7 @@ class Sampler:
                 ids.append(sft.encode(self.tokenizer, {"prompt": prompt}, None, self.args)[0])
             except ValueError as error:
                 sft.stop(f"prompt {i + 1}: {error}")
-        found = self.model.answers(prompts, ids, n, seed, self.args.micro_batch_size)
+        found = self.model.answers(prompts, ids, n, seed, self.batch_size)
         return calibration.texts_of(found, self.model.ends, self.tokenizer)[0]
 
 

@@ -56,8 +56,6 @@ class Args:
     """a longer response is cut"""
     skip_bad_rows: bool = False
     """leave out rows of your own file that cannot be used (as is done with hub data) instead of stopping at the first"""
-    micro_batch_size: int = 8
-    """sequences per forward pass"""
     seed: int = 0
     """seed of the choice of tau"""
     bf16: bool = False
@@ -210,7 +208,7 @@ def cases(args: Args) -> list[dict]:
     with_tau = [
         gvm.choose_tau(by_policy.get(a.policy, []), a, pairs, rng) + [a] for group in groups for a in group
     ]  # fmt: skip
-    reading = gvm.Args(tau_tokens=getattr(model.config, "tau_tokens", 0), micro_batch_size=args.micro_batch_size)
+    reading = gvm.Args(tau_tokens=getattr(model.config, "tau_tokens", 0))
     values = iter(
         gvm.predict(gvm.ValueModel(model).to(samples.device()), tokenizer, with_tau, reading, samples.device())
     )

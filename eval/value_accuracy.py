@@ -165,7 +165,7 @@ def table4(name: str, args) -> tuple[dict, list[np.ndarray]]:
     for answer in answers:
         by_policy.setdefault(answer.policy, []).append(answer)
     groups = [gvm.choose_tau(by_policy[a.policy], a, pairs, rng) + [a] for a in answers]
-    reading = gvm.Args(tau_tokens=config.tau_tokens, micro_batch_size=args.micro_batch_size)
+    reading = gvm.Args(tau_tokens=config.tau_tokens)
     found = gvm.predict(gvm.ValueModel(model).to(samples.device()), tokenizer, groups, reading, samples.device())
     values = [v[1:] * config.reward_std + config.reward_mean for v in found]
     rows = [

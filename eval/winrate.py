@@ -82,7 +82,7 @@ def reward_scores(name: str, pairs: list[tuple], args) -> list[float]:
     """A reward model's scores of (prompt, text) pairs."""
     reward = sample.TextReward(name, calibration.settings_of(args), samples.device())
     prompts, texts = zip(*pairs, strict=True)
-    return reward(prompts, texts, [True] * len(pairs), args.micro_batch_size)
+    return reward(prompts, texts, [True] * len(pairs))
 
 
 def matched(a: list[dict], b: list[dict]) -> list[tuple[dict, dict, dict]]:

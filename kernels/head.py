@@ -32,6 +32,30 @@ def patch_head(model):
     head.forward = forward
 
 
+def hidden_states(backbone, input_ids, position_ids=None):
+    """Last hidden states (B·L, D). With positions (B, L) that begin anew at each sequence packed into a row, attention stays
+    inside a sequence: by a block mask that transformers builds of them, or by flash-attn's variable-length path."""
+    if position_ids is None:
+        return backbone(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    if "flash" in (backbone.config._attn_implementation or ""):  # takes packed sequences in one row only
+        input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
+    found = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    return found.last_hidden_state.flatten(0, 1)
+
+
+@torch.no_grad()
+def packing_gap(model) -> float:
+    """Mean distance of hidden states of two sequences in one row from those of each alone, over their mean size."""
+    training, device = model.training, next(model.parameters()).device
+    ids, positions = torch.arange(1, 25, device=device)[None], torch.arange(16, device=device)
+    backbone = getattr(model, model.base_model_prefix)
+    model.eval()
+    packed = hidden_states(backbone, ids, torch.cat([positions, positions[:8]])[None])
+    alone = torch.cat([hidden_states(backbone, part) for part in (ids[:, :16], ids[:, 16:])])
+    model.train(training)
+    return float((packed - alone).abs().mean() / alone.abs().mean())
+
+
 @torch.no_grad()
 def logit_gap(model) -> float:
     """Mean distance, in nats, of the patched head's log-probs from log_softmax of the model's own logits, on one row.
@@ -40,7 +64,7 @@ def logit_gap(model) -> float:
     training, device = model.training, next(model.parameters()).device
     ids = torch.arange(1, 17, device=device)[None]
     model.eval()
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+    hidden = hidden_states(model.get_decoder(), ids)[:-1]
     ours = model.get_output_embeddings()(hidden, ids[0, 1:])
     own = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     model.train(training)
@@ -71,9 +95,9 @@ def head_name(model) -> str:
     return "score" if hasattr(model, "score") else "classifier"
 
 
-def read_head(model, input_ids, position):
-    """The one-label head's output, fp32, at flat positions of input_ids (B, L); in the precision that its weights have."""
-    hidden = getattr(model, model.base_model_prefix)(input_ids=input_ids, use_cache=False).last_hidden_state
-    hidden, head = hidden.flatten(0, 1).index_select(0, position), getattr(model, head_name(model))
+def read_head(model, input_ids, position_ids, position):
+    """The one-label head's output, fp32, at flat `position`s of input_ids (B, L); in the precision that its weights have."""
+    hidden = hidden_states(getattr(model, model.base_model_prefix), input_ids, position_ids)
+    hidden, head = hidden.index_select(0, position), getattr(model, head_name(model))
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.to(head.weight.dtype)).float().squeeze(-1)

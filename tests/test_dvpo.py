@@ -316,7 +316,7 @@ def test_kl_controller_stays_within_its_bounds():
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
 def test_greedy_under_the_noise_samples_from_the_softmax_at_the_temperature(temperature):
     logits, n = torch.tensor([1.0, 0.0, -1.0, 0.5, -float("inf")]), 20000
-    noise = dvpo.GumbelNoise("seed", temperature, slice(0, n), n, torch.device("cpu"))
+    noise = dvpo.KeyedNoise(list(range(n)), temperature, "cpu")
     expected = n * (logits / temperature).softmax(0)
     for _ in range(3):  # one step of generation after the other
         drawn = noise(None, logits.expand(n, 5)).argmax(-1).bincount(minlength=5)
@@ -327,7 +327,7 @@ def test_greedy_under_the_noise_samples_from_the_softmax_at_the_temperature(temp
 
 def test_noise_is_independent_between_rows_and_between_steps():
     n = 20000
-    noise = dvpo.GumbelNoise("seed", 1.0, slice(0, n), n, torch.device("cpu"))
+    noise = dvpo.KeyedNoise(list(range(n)), 1.0, "cpu")
     first, second = (noise(None, torch.zeros(n, 2)).argmax(-1).double() for _ in range(2))
     for one, two in ((first, second), (first[:-1], first[1:])):
         assert abs(torch.corrcoef(torch.stack([one, two]))[0, 1]) < 4 / math.sqrt(n)
@@ -335,17 +335,37 @@ def test_noise_is_independent_between_rows_and_between_steps():
 
 def test_rows_of_a_shard_get_the_noise_that_they_have_in_the_whole_batch():
     scores = torch.randn(8, 11, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    cpu = torch.device("cpu")
-    whole = dvpo.GumbelNoise("0/3", 0.7, slice(0, 8), 8, cpu)
-    shards = [dvpo.GumbelNoise("0/3", 0.7, slice(i, i + 2), 8, cpu) for i in range(0, 8, 2)]
+    keys = lambda seed: [dvpo.key_of(seed, i) for i in range(8)]
+    whole = dvpo.KeyedNoise(keys("0/3"), 0.7, "cpu")
+    shards = [dvpo.KeyedNoise(keys("0/3")[i : i + 2], 0.7, "cpu") for i in range(0, 8, 2)]
     torch.manual_seed(5)  # the global generator has no part in it
     for _ in range(3):
-        parts = [shard(None, scores[shard.rows]) for shard in shards]
+        parts = [shard(None, scores[2 * i : 2 * i + 2]) for i, shard in enumerate(shards)]
         assert torch.equal(whole(None, scores), torch.cat(parts)) and parts[0].dtype == torch.float32
-    again, other = (dvpo.GumbelNoise(key, 0.7, slice(0, 8), 8, cpu)(None, scores) for key in ("0/3", "0/4"))
-    assert not torch.equal(again, other) and torch.equal(
-        again, dvpo.GumbelNoise("0/3", 0.7, slice(0, 8), 8, cpu)(None, scores)
-    )
+    again, other = (dvpo.KeyedNoise(keys(key), 0.7, "cpu")(None, scores) for key in ("0/3", "0/4"))
+    assert not torch.equal(again, other)
+    assert torch.equal(again, dvpo.KeyedNoise(keys("0/3"), 0.7, "cpu")(None, scores))
+
+
+def test_a_row_without_a_key_is_greedy_and_drawn_log_probs_are_kept():
+    scores = torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(1))  # three steps of five rows
+    noise = dvpo.KeyedNoise([4, None, 6, 7, None], 0.7, "cpu")
+    token = torch.stack([noise(None, step).argmax(-1) for step in scores], 1)
+    assert torch.equal(token[1], scores[:, 1].argmax(-1)) and torch.equal(token[4], scores[:, 4].argmax(-1))
+    assert (token[[0, 2, 3]] != scores[:, [0, 2, 3]].argmax(-1).T).any()
+    logp = (scores / 0.7).log_softmax(-1).transpose(0, 1).gather(2, token[:, :, None])[:, :, 0]
+    found = noise.sampled([[1] * n for n in (3, 1, 2, 3, 0)])
+    assert [len(row) for row in found] == [3, 1, 2, 3, 0]
+    for row, expected in zip(found, logp.tolist(), strict=True):
+        assert row == pytest.approx(expected[: len(row)], abs=1e-5)
+
+
+def test_truncated_weights():
+    old, drawn = torch.tensor([[-1.0, -2.0, -3.0, 0.0]]), torch.tensor([[-1.5, -2.0, -1.0, -9.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    found = dvpo.truncated_weights(old, drawn, mask, 1.5)[0, :3].tolist()
+    assert found == pytest.approx([1.5, 1.0, math.exp(-2)])
+    assert dvpo.truncated_weights(old, drawn, mask, 0.0).tolist() == mask.float().tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------------- tau
@@ -405,8 +425,9 @@ def test_score_rollout_gives_each_row_its_own_log_probs_and_values_in_order():
             tau = torch.tensor([[t for turn in turns for part in turn for t in part]])
             naive.append((*logp, values(tau).logits[0, -len(response) - 1 :, 0]))
         frozen = SimpleNamespace(ref_logp=dvpo.Policy(reference), values=dvpo.ValueModel(values))
-        width, args = max(len(a.response) for a in answers), SimpleNamespace(micro_batch_size=3, temperature=0.7)
-        found = dvpo.score_rollout(dvpo.Policy(policy), frozen, rows, width, 0, args, "cpu")
+        width = max(len(a.response) for a in answers)
+        args = SimpleNamespace(micro_tokens=96, padding=False, temperature=0.7)
+        found = dvpo.score_rollout(dvpo.Policy(policy), frozen, rows, tok, args, 0, 1, "cpu")
     assert [x.shape for x in found] == [(7, width), (7, width), (7, width + 1)]
     for i, expected in enumerate(naive):
         for x, row in zip(found, expected, strict=True):

@@ -189,7 +189,48 @@ def test_log_probs_are_those_of_the_models_own_logits(home, family):
             assert (found[~batch.response_mask] == 0).all()
             loss = policy(batch, temperature, token_weight=0.1)
             assert float(loss) == pytest.approx(-0.1 * float(own.sum()), abs=1e-5)
-    policy.check(SimpleNamespace(autocast=contextlib.nullcontext, args=args))
+    policy.check(SimpleNamespace(autocast=contextlib.nullcontext, args=args, check=lambda: None))
+
+
+PACKED = SimpleNamespace(micro_tokens=4096, padding=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_sequences_are_those_of_padded_ones(home, family):
+    """Log-probs, values and rewards of sequences that share rows, and the gradient of the log-probs."""
+    args = SimpleNamespace(**vars(sft.Args()))
+    rows = random_rows(((3, 4), (9, 1), (1, 7), (20, 10), (2, 3), (15, 6), (4, 4)))  # short ones fit beside long ones
+    tokenizer = sft.load_tokenizer(str(home / family), args)
+    load = lambda kind: sft.load_model(kind, str(home / family), tokenizer, args).eval()
+    policy = sft.Policy(load("causal"))
+    batches = [sft.collate(rows, 0), sft.collate(rows, 0, None, PACKED)]
+    assert batches[0].position_ids is None and batches[1].position_ids is not None
+    assert batches[1].input_ids.numel() < 0.6 * batches[0].input_ids.numel()
+    padded, packed = (policy(batch) for batch in batches)
+    assert float((padded - packed).abs().max()) < 1e-5
+    grads = [torch.autograd.grad(x.sum(), list(policy.parameters()), allow_unused=True) for x in (padded, packed)]
+    for one, two in zip(*grads, strict=True):
+        assert one is None or float((one - two).abs().max()) < 1e-4 * (1 + float(one.abs().max()))
+    sequences, turns = [p + r for p, r in rows], [[row] for row in rows]
+    with torch.no_grad():
+        value, reward = gvm.ValueModel(load("value")), rm.RewardModel(load("reward"), True)
+        found = [value(gvm.collate_values(turns, 0, False, None, args)) for args in (None, PACKED)]
+        assert float((found[0] - found[1]).abs().max()) < 1e-5 and float(found[0].std()) > 1e-3
+        found = [reward(*rm.collate_scored(sequences, 0, CPU, args)) for args in (None, PACKED)]
+        assert float((found[0] - found[1]).abs().max()) < 1e-5 and float(found[0].std()) > 1e-3
+
+
+def test_a_family_that_mixes_packed_sequences_is_refused(home, tmp_path, capsys, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    mask = modeling_llama.create_causal_mask
+    forgetful = lambda *args, **options: mask(*args, **options | {"position_ids": None})
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", forgetful)
+    flags = ["--model", str(home / "llama"), "--data", str(home / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        sft.main([*flags, "--steps", "1"])
+    assert ended.value.code == 2 and "give --padding" in capsys.readouterr().err
+    sft.main([*flags, "--steps", "1", "--padding"])
 
 
 @pytest.mark.parametrize("script", ["sft", "dvpo", "vcb"])
@@ -220,8 +261,8 @@ def test_a_head_that_does_more_than_is_known_is_refused(home, tmp_path, capfd, m
 STEPS = "--steps 2 --warmup_steps 0 --max_response_tokens 12"
 FLAGS = {
     "sft": f"{STEPS} --learning_rate 1e-3 --batch_size 4",
-    "rm": f"{STEPS} --learning_rate 1e-2 --batch_size 4 --micro_batch_size 4",
-    "gvm": f"{STEPS} --learning_rate 1e-2 --batch_size 4 --micro_batch_size 4",
+    "rm": f"{STEPS} --learning_rate 1e-2 --batch_size 4 --micro_tokens 128",
+    "gvm": f"{STEPS} --learning_rate 1e-2 --batch_size 4 --micro_tokens 128",
     "dvpo": f"{STEPS} --learning_rate 1e-4 --rollout_batch_size 4 --batch_size 2",
     "sample": "--n 2 --max_response_tokens 12",
     "vcb": f"{STEPS} --learning_rate 1e-3 --batch_size 4",
@@ -245,7 +286,8 @@ def stock_outputs(model, script, rows):
     with torch.no_grad():
         if script == "gvm":
             return torch.cat([model(torch.tensor([p + r])).logits[0, len(p) - 1 :, 0] for p, r in rows])
-        ids, lengths = rm.collate_scored([p + r for p, r in rows], model.config.pad_token_id, CPU)
+        ids, _, _ = rm.collate_scored([p + r for p, r in rows], model.config.pad_token_id, CPU)
+        lengths = torch.tensor([len(p) + len(r) for p, r in rows])
         return model(ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long()).logits[:, 0]
 
 

@@ -206,19 +206,22 @@ def test_a_critic_learns_to_predict_the_return():
     assert found[0] == pytest.approx(0, abs=1e-6) and sum(found[-10:]) / 10 > 0.5, found
 
 
-def test_score_tokens_gives_each_row_its_own_in_order():
+def test_over_ranks_gives_each_row_its_own_in_order():
     rng = random.Random(0)
     rows = [([1] * rng.randint(1, 9), [rng.randint(5, 90) for _ in range(rng.randint(1, 6))]) for _ in range(7)]
 
-    def tokens(batch):
-        return torch.zeros(batch.response_mask.numel()).index_copy(0, batch.cell, batch.target.float()).view(
-            batch.response_mask.shape)  # fmt: skip
+    def tokens(micro):
+        batch = ppo.collate(micro, 0, None, args)
+        x = torch.zeros(batch.response_mask.numel()).index_copy(0, batch.cell, batch.target.float())
+        return x.view(batch.response_mask.shape), -x.view(batch.response_mask.shape)
 
-    args = SimpleNamespace(micro_batch_size=3)
-    found = ppo.score_tokens([tokens, lambda batch: -tokens(batch)], rows, 8, 0, args, "cpu")
+    args = SimpleNamespace(micro_tokens=20, padding=False)
+    found = ppo.over_ranks(rows, (8, 9), tokens, 0, 1, args, "cpu")
+    parts = [ppo.over_ranks(rows, (8, 9), tokens, rank, 3, args, "cpu") for rank in range(3)]  # summed by all_sum
     for i, (_, response) in enumerate(rows):
-        for x, sign in zip(found, (1, -1), strict=True):
-            assert x[i].tolist() == [sign * t for t in response] + [0] * (8 - len(response))
+        for x, sign, width in zip(found, (1, -1), (8, 9), strict=True):
+            assert x[i].tolist() == [sign * t for t in response] + [0] * (width - len(response))
+    assert all(torch.equal(sum(part[k] for part in parts), found[k]) for k in range(2))
 
 
 # ----------------------------------------------------------------------------------------------------------- the bandit

@@ -238,16 +238,16 @@ def test_a_tokens_weight_is_not_rounded_to_the_models_bf16(home):
 
 
 # ------------------------------------------------------------------------------------------------------- ZeRO, two ranks
-HARD = {"bf16": True, "gradient_checkpointing": True, "lora_r": 4, "steps": 2, "micro_batch_size": 2}
+HARD = {"bf16": True, "gradient_checkpointing": True, "lora_r": 4, "steps": 2, "micro_tokens": 64}
 CASES = {name: (name, {}) for name in SCRIPTS} | {"dvpo_shared": ("dvpo", {"share_backbone": True})}
 FP32 = {"sft": {}, "sft_new": {}, "rm": {}, "gvm_lora": {"lora_r": 4, "lora_dropout": 0.0}}  # ZeRO 1 and 3 do alike
 RUNS = {str(stage): {f"{name}_{stage}": (script, HARD | settings | {"zero_stage": stage})
                      for name, (script, settings) in CASES.items()} for stage in (1, 3)}  # fmt: skip
 RUNS["core"] = {name: RUNS["3"][name] for name in ("sft_3", "dvpo_shared_3")} | {
-    f"{name}_fp32_{stage}": (name.partition("_")[0], {"steps": 2, "micro_batch_size": 2, "zero_stage": stage, **settings})
+    f"{name}_fp32_{stage}": (name.partition("_")[0], {"steps": 2, "micro_tokens": 64, "zero_stage": stage, **settings})
     for name, settings in FP32.items() for stage in (1, 3)
 }  # fmt: skip
-FIRST = {"steps": 1, "learning_rate": 0.02, "micro_batch_size": 2}
+FIRST = {"steps": 1, "learning_rate": 0.02, "micro_tokens": 64}
 
 
 def ranks_main(home: Path, case: str):

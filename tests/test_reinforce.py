@@ -11,7 +11,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import dvpo
 import reinforce
 
 BASELINES = ("remax", "rloo", "grpo", "reinforce++")
@@ -135,20 +134,3 @@ def test_k3_is_never_negative_and_on_policy_the_kl_with_the_gradient_of_the_reve
     assert torch.allclose(mean, (p * (logp - ref)).sum())
     (expected,) = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), logits, retain_graph=True)
     assert torch.allclose(torch.autograd.grad(mean, logits)[0], expected)
-
-
-def test_half_greedy_samples_the_first_half_and_leaves_the_second_to_the_likeliest_token():
-    scores = torch.randn(8, 11, generator=torch.Generator().manual_seed(0))
-    noise, same = (dvpo.GumbelNoise("0", 1.0, slice(2, 6), 8, "cpu") for _ in range(2))
-    found = reinforce.half_greedy(noise)(torch.zeros(8, 1), scores)
-    assert torch.equal(found[:4], same(None, scores[:4])) and torch.equal(found[4:], scores[4:])
-    assert noise.sampled(3).shape == (4, 3)
-
-
-def test_noise_keeps_the_log_prob_of_what_it_samples():
-    scores = torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(1))  # three steps of five rows
-    noise = dvpo.GumbelNoise("0", 0.7, slice(0, 5), 5, "cpu")
-    token = torch.stack([noise(None, step).argmax(-1) for step in scores], 1)
-    logp = (scores / 0.7).log_softmax(-1).transpose(0, 1).gather(2, token[:, :, None])[:, :, 0]
-    found = noise.sampled(4)
-    assert torch.allclose(found[:, :3], logp, atol=1e-5) and not found[:, 3].any()

@@ -95,9 +95,8 @@ def test_noise_is_gumbel_and_its_argmax_an_exact_sample():
 
 
 def test_top_p_and_temperature():
-    args = sample.Args(top_p=0.75, temperature=0.5)
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(4000, 4)
-    noise = sample.KeyedNoise(list(range(4000)), args, "cpu")
+    noise = sample.KeyedNoise(list(range(4000)), 0.5, "cpu", top_p=0.75)
     share = torch.bincount(noise(None, logits).argmax(1), minlength=4) / 4000
     p = torch.tensor([0.16, 0.09, 0.04, 0.01]) / 0.30  # at temperature 1/2: squares; the first two hold 0.83
     want = torch.tensor([p[0], p[1], 0, 0]) / (p[0] + p[1])
@@ -244,12 +243,12 @@ def test_generate_batch_greedy_is_generate(home, tmp_path):
     texts = lambda path: [[r["text"] for r in row["responses"]] for row in rows(path)]
     options = {"greedy": True, "n": 1, "batch_size": 4}
     assert texts(run(home, tmp_path / "a", **options)) == texts(
-        run(home, tmp_path / "b", engine="generate_batch", **options)
+        run(home, tmp_path / "b", rollout="generate_batch", **options)
     )
 
 
 def test_generate_batch_samples(home, tmp_path):
-    found = rows(run(home, tmp_path / "a", engine="generate_batch", n=4))
+    found = rows(run(home, tmp_path / "a", rollout="generate_batch", n=4))
     assert len(found) == 7 and all(len({r["text"] for r in row["responses"]}) > 1 for row in found)
 
 
@@ -289,7 +288,7 @@ def test_vllm_is_asked_for_the_same(home, tmp_path, monkeypatch):
     ({"reward_model": "policy"}, "not a reward model with one score"),
     ({"reward_model": "runs/rm/final"}, "python rm.py"),
     ({"policy": "runs/sft/final"}, "python sft.py"),
-    ({"engine": "vllm"}, "pip install vllm"),
+    ({"rollout": "vllm"}, "pip install vllm"),
 ])  # fmt: skip
 def test_mistakes(home, tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)

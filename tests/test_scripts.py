@@ -363,7 +363,7 @@ WRONG = [  # script, flags with {home}, what the message says
     ("sft", "--model {home}/policy --split train[:0]", "no row"),
     ("rm", "--model {home}/policy --split train[:0]", "nothing to learn"),
     ("gvm", "--model {home}/policy --split train[:0]", "nothing to learn"),
-    ("gvm", "--model {home}/policy --value_norm batch --batch_size 8 --micro_batch_size 4", "--micro_batch_size"),
+    ("gvm", "--model {home}/policy --value_norm batch --batch_size 8 --micro_tokens 128", "--micro_tokens"),
     ("dvpo", "--policy {home}/policy --gvm {home}/policy", "not a value model"),
     ("dvpo", "--policy {home}/policy --gvm {home}/two_labels", "not a value model"),
     ("dvpo", "--policy {home}/policy --gvm {home}/other_tokens", "tokenizers"),
