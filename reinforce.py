@@ -474,7 +474,8 @@ class Rollouts:
             self.llm.sleep(level=2)
 
     def __call__(self, prompts: list[list[int]], keys: list) -> list[tuple[list[int], list[float]]]:
-        """keys: an integer for each prompt (a row of noise), or None for the most probable tokens."""
+        """keys: an integer for each prompt (a row of noise), or None for the most probable tokens, whose log-probs are of
+        whatever temperature the engine takes: nothing reads them."""
         return getattr(self, "generate" if self.args.rollout == "graph" else self.args.rollout)(prompts, keys)
 
     def generate(self, prompts, keys):
@@ -604,6 +605,12 @@ def padded(lists, device, fill: float = 0.0):
     return torch.tensor([[*x, *[fill] * (width - len(x))] for x in lists], device=device)
 
 
+def updates_once(args) -> bool:
+    """One update on what was just drawn, and no KL in the advantage: then the old log-probs are those that the update
+    itself computes, and a pass is spared."""
+    return args.baseline == "grpo" and args.ppo_epochs == 1 and args.batch_size == args.rollout_batch_size
+
+
 # Copied from dvpo.whole_or_parts
 def whole_or_parts(module, args):
     """Frozen weights: whole on each rank, or in parts under ZeRO-3."""
@@ -637,8 +644,7 @@ def train(args: Args) -> Path:
     question = lambda row: [(encode(tokenizer, row, None, args)[0], as_messages(row["prompt"]))]
     questions = load_data(args, "prompts", question)
     per_rollout = args.rollout_batch_size // n  # prompts
-    # One update on what was just drawn, and no KL in the advantage: the old log-probs are those that the update computes.
-    single = args.baseline == "grpo" and args.ppo_epochs == 1 and args.batch_size == args.rollout_batch_size
+    single = updates_once(args)
     if len(questions) < per_rollout:
         stop(
             f"{args.data} ({args.split}) has {len(questions)} prompts: fewer than the {per_rollout} of a rollout "
@@ -1234,6 +1240,7 @@ def micro_batches(batch: list, rank: int, world: int, args, sizes=lambda row: [l
         if all(area <= args.micro_tokens or len(some) == 1 for area, some in zip(areas, bins, strict=True)):
             break
         count += max(1, count // 16)
+    areas, bins = zip(*sorted(zip(areas, bins, strict=True), key=lambda of: -of[0]), strict=True)  # like ones at a time
     found = [[batch[i] for i in some] or [(batch[order[-1]][0], [], *batch[order[-1]][2:])] for some in bins]
     waited = sum(max(areas[at : at + world]) for at in range(0, len(areas), world))
     return found[rank::world], total / (world * waited)

@@ -746,6 +746,7 @@ def micro_batches(batch: list, rank: int, world: int, args, sizes=lambda row: [l
         if all(area <= args.micro_tokens or len(some) == 1 for area, some in zip(areas, bins, strict=True)):
             break
         count += max(1, count // 16)
+    areas, bins = zip(*sorted(zip(areas, bins, strict=True), key=lambda of: -of[0]), strict=True)  # like ones at a time
     found = [[batch[i] for i in some] or [(batch[order[-1]][0], [], *batch[order[-1]][2:])] for some in bins]
     waited = sum(max(areas[at : at + world]) for at in range(0, len(areas), world))
     return found[rank::world], total / (world * waited)

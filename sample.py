@@ -234,7 +234,8 @@ class Rollouts:
             self.llm.sleep(level=2)
 
     def __call__(self, prompts: list[list[int]], keys: list) -> list[tuple[list[int], list[float]]]:
-        """keys: an integer for each prompt (a row of noise), or None for the most probable tokens."""
+        """keys: an integer for each prompt (a row of noise), or None for the most probable tokens, whose log-probs are of
+        whatever temperature the engine takes: nothing reads them."""
         return getattr(self, "generate" if self.args.rollout == "graph" else self.args.rollout)(prompts, keys)
 
     def generate(self, prompts, keys):
@@ -1032,6 +1033,7 @@ def micro_batches(batch: list, rank: int, world: int, args, sizes=lambda row: [l
         if all(area <= args.micro_tokens or len(some) == 1 for area, some in zip(areas, bins, strict=True)):
             break
         count += max(1, count // 16)
+    areas, bins = zip(*sorted(zip(areas, bins, strict=True), key=lambda of: -of[0]), strict=True)  # like ones at a time
     found = [[batch[i] for i in some] or [(batch[order[-1]][0], [], *batch[order[-1]][2:])] for some in bins]
     waited = sum(max(areas[at : at + world]) for at in range(0, len(areas), world))
     return found[rank::world], total / (world * waited)

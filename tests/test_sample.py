@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -250,32 +249,6 @@ def test_generate_batch_greedy_is_generate(home, tmp_path):
 def test_generate_batch_samples(home, tmp_path):
     found = rows(run(home, tmp_path / "a", rollout="generate_batch", n=4))
     assert len(found) == 7 and all(len({r["text"] for r in row["responses"]}) > 1 for row in found)
-
-
-def test_vllm_is_asked_for_the_same(home, tmp_path, monkeypatch):
-    """A stand-in for the package, as it is not installed everywhere: what it is given, and what is made of its answers."""
-    calls = []
-
-    class LLM:
-        def __init__(self, model, **options):
-            calls.append((model, options))
-
-        def generate(self, prompts, params, use_tqdm):
-            calls.append((prompts, params))
-            ids = toy.tokenizer()("it is good .")["input_ids"] + [1]
-            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(ids))]) for _ in prompts]
-
-    fake = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options)
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    found = rows(run(home, tmp_path / "a", engine="vllm", n=2, temperature=0.7, top_p=0.9))
-    assert {r["text"] for row in found for r in row["responses"]} == {"it is good ."}
-    (model, options), *asked = calls
-    assert model == str(home / "policy") and options["max_model_len"] == 74
-    params = [p for _, some in asked for p in some]
-    assert len(params) == 14 == len({p["seed"] for p in params})
-    assert all(
-        (p["temperature"], p["top_p"], p["max_tokens"], p["stop_token_ids"]) == (0.7, 0.9, 10, [1]) for p in params
-    )
 
 
 # -------------------------------------------------------------------------------------------------------------- mistakes
