@@ -12,9 +12,10 @@ For hidden states h (N, D), the head's weight W (V, D) and bias b (V,), temperat
 
 The logits exist one vocabulary slice at a time, in one workspace of a fixed number of bytes. Forward: for every slice a
 matrix product into the workspace and one pass over it, which updates four numbers per token (online softmax, Milakov
-and Gimelshein, arXiv:1805.02867). Backward: the product again, one pass that turns the logits into their gradient in
-place, and a product each for dHidden and dWeight. That is 4 matrix products where building the logits takes 3; slicing
-over the vocabulary means that each slice of dWeight is written once, and only dHidden accumulates (in fp32).
+and Gimelshein, arXiv:1805.02867). Backward: the product again, but for the last slice, which the workspace still holds;
+one pass that turns the logits into their gradient in place, and a product each for dHidden and dWeight. With many slices
+that is 4 matrix products where building the logits takes 3, with one slice it is 3. Slicing over the vocabulary means
+that each slice of dWeight is written once, and only dHidden accumulates (in fp32).
 A loss whose token weights are known beforehand needs 3: `linear_nll` slices over tokens and forms the gradient at once.
 
 From top to bottom: the pass over the logits in torch, the same in Triton, the matrix products, the autograd functions,
@@ -286,12 +287,30 @@ def even_ranges(length: int, limit: int, multiple: int) -> list[tuple[int, int]]
     return [(i, min(i + size, length)) for i in range(0, length, size)]
 
 
-def vocabulary_slices(hidden: Tensor, weight: Tensor, logit_bytes: int) -> list[tuple[int, int]]:
+def logit_bytes(dtype: torch.dtype, logits_dtype: torch.dtype) -> int:
+    """Bytes of a logit and its gradient, which takes its place where the dtypes allow it."""
+    return logits_dtype.itemsize + (0 if logits_dtype == dtype else dtype.itemsize)
+
+
+def vocabulary_slices(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype) -> list[tuple[int, int]]:
     """Vocabulary ranges [a, b) whose logits of all N tokens (and whose converted weight) fit the workspace."""
     # Where the weight has another dtype, so has its gradient: one slice each.
     converted = 0 if weight.dtype == hidden.dtype else 2 * weight.shape[1] * hidden.element_size()
-    per_column = max(len(hidden), 1) * logit_bytes + converted
+    per_column = max(len(hidden), 1) * logit_bytes(hidden.dtype, logits_dtype) + converted
     return even_ranges(len(weight), workspace_bytes(hidden.device) // per_column, 128)
+
+
+def token_chunks(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype, spared: int) -> list[tuple[int, int]]:
+    """Token ranges [a, b) whose logits fit the workspace, or one of all N tokens where its peak of memory is no higher.
+
+    spared: bytes by which the accumulator of dWeight that several chunks need is larger than dWeight. Several chunks
+    hold max(workspace + accumulator, accumulator + dWeight), the second in backward; one holds its logits + dWeight.
+    """
+    budget = workspace_bytes(hidden.device)
+    per_token = len(weight) * logit_bytes(hidden.dtype, logits_dtype)
+    if spared and len(hidden) * per_token <= spared + max(budget, weight.numel() * weight.element_size()):
+        budget = len(hidden) * per_token
+    return even_ranges(len(hidden), budget // per_token, 1)
 
 
 class Workspace:
@@ -315,8 +334,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
         else:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
-        assert not accumulate, "accumulators are never narrower than the operands"
-        out.copy_(torch.mm(a, b))
+        out.add_(torch.mm(a, b)) if accumulate else out.copy_(torch.mm(a, b))
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -356,7 +374,7 @@ class LinearLogprob(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             state = new_state(target, torch.promote_types(logits_dtype, torch.float32))
             h = hidden.to(dtype).contiguous()
-            slices = vocabulary_slices(h, weight, logits_dtype.itemsize)
+            slices = vocabulary_slices(h, weight, logits_dtype)
             workspace = Workspace(len(h), slices[0][1], h, logits_dtype)
             stats, _ = passes(workspace.buffer)
             for a, b in slices:
@@ -364,6 +382,8 @@ class LinearLogprob(torch.autograd.Function):
                 project(h, weight[a:b].to(dtype), None if bias is None else bias[a:b], logits)
                 stats(logits, a, target, state, temperature, softcap, entropy)
         ctx.save_for_backward(hidden, weight, bias, target, state)
+        # This call's own, with the logits of the last slice. Not a saved tensor: the first backward overwrites them.
+        ctx.slices, ctx.workspace = slices, workspace
         return finish(target, state, temperature, entropy)
 
     @staticmethod
@@ -374,6 +394,7 @@ class LinearLogprob(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if grad_logp is None and grad_entropy is None:
             return (None,) * 9
+        workspace, ctx.workspace = ctx.workspace, None
         if weight.dim() != 2:
             raise RuntimeError(
                 f"the LM head's weight has shape {tuple(weight.shape)} in backward: ZeRO-3 partitioned it. Call the op "
@@ -388,19 +409,20 @@ class LinearLogprob(torch.autograd.Function):
             dw = torch.empty(weight.shape, dtype=weight.dtype, device=h.device) if need_weight else None
             db = torch.empty(bias.shape, dtype=state.dtype, device=h.device) if need_bias else None
 
-            in_place = logits_dtype == dtype
-            logit_bytes = logits_dtype.itemsize + (0 if in_place else dtype.itemsize)
-            slices = vocabulary_slices(h, weight, logit_bytes)
-            workspace = Workspace(len(h), slices[0][1], h, logits_dtype)
-            gradients = workspace if in_place else Workspace(len(h), slices[0][1], h, dtype)
+            held = workspace is not None
+            width = ctx.slices[0][1]
+            workspace = workspace or Workspace(len(h), width, h, logits_dtype)
+            gradients = workspace if logits_dtype == dtype else Workspace(len(h), width, h, dtype)
             _, grad = passes(workspace.buffer)
-            for a, b in slices:
+            for a, b in reversed(ctx.slices):
+                last = b == len(weight)
                 logits, dz = workspace.view(len(h), b - a), gradients.view(len(h), b - a)
                 w = weight[a:b].to(dtype)
-                project(h, w, None if bias is None else bias[a:b], logits)
+                if not (last and held):
+                    project(h, w, None if bias is None else bias[a:b], logits)
                 grad(logits, a, target, state, grad_logp, grad_entropy, temperature, softcap, dz)
                 if need_hidden:
-                    matmul(dz, w, dh, accumulate=a > 0)
+                    matmul(dz, w, dh, accumulate=not last)
                 if need_weight:
                     matmul(dz.t(), h, dw[a:b])
                 if need_bias:
@@ -414,9 +436,8 @@ class LinearNLL(torch.autograd.Function):
     """-Σ token_weight · logp. The gradient is formed in forward, from the one copy of the logits that is ever made."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, token_weight, logits_dtype, temperature, softcap):
+    def forward(ctx, hidden, weight, bias, target, token_weight, dtype, logits_dtype, temperature, softcap):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dtype = hidden.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             stats_dtype = torch.promote_types(logits_dtype, torch.float32)
             token_weight = upstream(token_weight, target, stats_dtype)
@@ -425,17 +446,18 @@ class LinearNLL(torch.autograd.Function):
             scale = torch.where(scale > 0, scale, 1)
             g = -token_weight / scale
 
-            h = hidden.contiguous()
-            in_place = logits_dtype == dtype
-            logit_bytes = logits_dtype.itemsize + (0 if in_place else dtype.itemsize)
-            chunks = even_ranges(len(h), workspace_bytes(h.device) // (len(weight) * logit_bytes), 1)
+            h, w = hidden.to(dtype).contiguous(), weight.to(dtype)
+            # Each chunk adds to all of dWeight: in fp32, unless there is but one.
+            narrow = need_weight and weight.dtype == dtype
+            spared = weight.numel() * (stats_dtype.itemsize - dtype.itemsize) if narrow else 0
+            chunks = token_chunks(h, w, logits_dtype, spared)
+            dw_dtype = weight.dtype if narrow and len(chunks) == 1 else stats_dtype
             rows = chunks[0][1] if chunks else 0
             workspace = Workspace(rows, len(weight), h, logits_dtype)
-            gradients = workspace if in_place else Workspace(rows, len(weight), h, dtype)
+            gradients = workspace if logits_dtype == dtype else Workspace(rows, len(weight), h, dtype)
             stats, grad = passes(workspace.buffer)
-            dh = torch.empty_like(h) if need_hidden else None
-            # Each chunk adds to all of dWeight: fp32, unless there is but one.
-            dw_dtype = weight.dtype if len(chunks) == 1 else stats_dtype
+            dh_dtype = torch.promote_types(hidden.dtype, dtype)  # rounded to hidden's in backward, once
+            dh = torch.empty(h.shape, dtype=dh_dtype, device=h.device) if need_hidden else None
             new = torch.empty if chunks else torch.zeros
             dw = new(weight.shape, dtype=dw_dtype, device=h.device) if need_weight else None
             db = torch.zeros(bias.shape, dtype=stats_dtype, device=h.device) if need_bias else None
@@ -443,12 +465,12 @@ class LinearNLL(torch.autograd.Function):
             for a, b in chunks:
                 logits, dz = workspace.view(b - a, len(weight)), gradients.view(b - a, len(weight))
                 state = new_state(target[a:b], stats_dtype)
-                project(h[a:b], weight, bias, logits)
+                project(h[a:b], w, bias, logits)
                 stats(logits, 0, target[a:b], state, temperature, softcap, False)
                 grad(logits, 0, target[a:b], state, g[a:b], None, temperature, softcap, dz)
                 loss -= weighted_sum(finish(target[a:b], state, temperature, False), token_weight[a:b])
                 if need_hidden:
-                    matmul(dz, weight, dh[a:b])
+                    matmul(dz, w, dh[a:b])
                 if need_weight:
                     matmul(dz.t(), h[a:b], dw, accumulate=a > 0)
                 if need_bias:
@@ -471,7 +493,7 @@ class LinearNLL(torch.autograd.Function):
                 # One pass: scaled in the accumulator's precision, rounded once.
                 d = d.mul_(grad) if d.dtype == dtype else torch.mul(d, grad, out=torch.empty_like(d, dtype=dtype))
             scaled.append(d)
-        return *scaled, *(None,) * 5
+        return *scaled, *(None,) * 6
 
 
 class TokenLogprob(torch.autograd.Function):
@@ -579,7 +601,9 @@ def linear_logprob(
     stay unrounded. Off CUDA bf16 and fp16 operands are widened, so products and logits are fp32 at least.
 
     Memory: KERNELS_WORKSPACE_MB (512 on a GPU, 64 on a CPU) of logits, but never less than 128 columns of them; the
-    gradients; an fp32 (N, D) accumulator. Kept for backward: the inputs and 16 bytes per token. Nothing without grad.
+    gradients; an fp32 (N, D) accumulator. Kept for backward: the inputs, 16 bytes per token, and that one workspace with the
+    last slice of the logits (each call has its own), which the first backward uses up; a second one (retain_graph)
+    computes all logits again. Nothing is kept without grad.
 
     ZeRO-3: the weight is whole only inside the forward of the module that owns it, in backward too. Call the op there.
 
@@ -605,9 +629,12 @@ def linear_nll(
     """-Σ_i token_weight_i · logp_i, a scalar, for losses whose token weights are known beforehand (SFT, ReST).
 
     The same as weighting `linear_logprob`, but the gradient is formed in forward: 3 matrix products instead of 4. It is
-    kept until backward (dHidden, and dWeight in fp32) and given once; a second backward raises RuntimeError. Where the
-    operands must be converted first (autocast with other dtypes, half precision on a CPU) it does what `linear_logprob`
-    does.
+    kept until backward (dHidden and dWeight) and given once; a second backward raises RuntimeError.
+
+    Memory: KERNELS_WORKSPACE_MB of logits at a time, each chunk of tokens adding to dWeight in fp32. Where a half-precision
+    dWeight beside all the logits is no more than that accumulator needs in forward or backward, there is one chunk. A
+    weight of another dtype than the products' (autocast, half precision on a CPU) is converted as a whole, for
+    the time of the forward.
 
     Args:
         token_weight: (N,), such as response_mask / number of response tokens. Constants: they get no gradient.
@@ -618,9 +645,8 @@ def linear_nll(
         raise ValueError(f"token_weight must be {tuple(target.shape)} on {target.device}, got "
                          f"{tuple(token_weight.shape)} on {token_weight.device}")  # fmt: skip
     token_weight = token_weight.detach()
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    if needs_grad and hidden.dtype == weight.dtype == dtype:
-        return LinearNLL.apply(hidden, weight, bias, target, token_weight, logits_dtype, temperature, softcap)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        return LinearNLL.apply(hidden, weight, bias, target, token_weight, dtype, logits_dtype, temperature, softcap)
     logp = LinearLogprob.apply(hidden, weight, bias, target, dtype, logits_dtype, temperature, softcap, False)
     return -weighted_sum(logp, token_weight)
 

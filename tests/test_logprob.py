@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,55 @@ def test_known_weights(backend, softcap, megabytes, monkeypatch):
         loss.backward()
 
 
+@pytest.mark.parametrize("logits_dtype", [None, torch.float64])
+@pytest.mark.parametrize("megabytes, slices", [("64", 1), ("0.03", 3)])
+def test_last_slice_is_kept(backend, megabytes, slices, logits_dtype, monkeypatch):
+    """The first backward multiplies for all slices but one, a second for all; calls do not share their workspace."""
+    if backend == "triton" and logits_dtype is not None:
+        pytest.skip("fp64 logits go to torch")
+    monkeypatch.setenv("KERNELS_WORKSPACE_MB", megabytes if logits_dtype is None else str(3 * float(megabytes)))
+    hidden, weight, bias, target, g, e = problem(20, 16, 1000)
+    want = run(lambda h, w, b: naive(h, w, target, b, temperature=0.7),
+               [x.double() for x in (hidden, weight, bias)], g.double(), e.double())  # fmt: skip
+    products, project = [], logprob.project
+    monkeypatch.setattr(logprob, "project", lambda *a: (products.append(1), project(*a)))
+    workspaces, workspace = [], logprob.Workspace
+
+    def remember(*a):
+        made = workspace(*a)
+        workspaces.append(weakref.ref(made.buffer))
+        return made
+
+    monkeypatch.setattr(logprob, "Workspace", remember)
+
+    def count(f):
+        products.clear()
+        return f(), len(products)
+
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    op = lambda: linear_logprob(
+        hidden, weight, target, bias=bias, temperature=0.7, entropy=True, logits_dtype=logits_dtype
+    )
+    (logp, entropy), forward = count(op)
+    assert forward == slices and workspaces[0]() is not None
+    op()[0].sum().backward(inputs=[bias])  # another call, forward and backward, in between
+    monkeypatch.setenv("KERNELS_WORKSPACE_MB", "1")
+    loss = (g * logp + e * entropy).sum()
+    for again in (False, True):
+        got, backward = count(lambda: torch.autograd.grad(loss, inputs, retain_graph=True))
+        assert backward == (slices if again else slices - 1)
+        assert all(error(a, b) < 3e-6 for a, b in zip((logp, entropy, *got), want, strict=True))
+        assert all(x() is None for x in workspaces)  # `logp` is alive, the logits are not
+    (logp, _), _ = count(op)
+    with torch.no_grad():
+        bias += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp.sum().backward()
+    with torch.no_grad():
+        logp, _ = op()
+    assert workspaces[-1]() is None
+
+
 def test_gradcheck(monkeypatch):
     """Finite differences in fp64 of everything that is differentiable."""
     monkeypatch.setenv("KERNELS", "torch")
@@ -376,6 +426,72 @@ def test_autocast():
         assert nll[2].dtype == torch.float32
     with pytest.raises(ValueError, match="autocast"):
         op(hidden.bfloat16(), weight, bias)
+
+
+def test_one_chunk_where_it_costs_no_memory():
+    """linear_nll in bf16: all tokens at once if 2NV + 2VD bytes are at most what several chunks hold."""
+    for n, d, v, one in ((8192, 4096, 128256, True), (8193, 4096, 128256, False), (8192, 2048, 128256, False),
+                         (2048, 3072, 128256, True), (4096, 576, 49152, True), (8192, 576, 49152, False)):  # fmt: skip
+        peak, several = 2 * n * v + 2 * v * d, max(2**29 + 4 * v * d, 6 * v * d)
+        assert (peak <= several) == one
+        hidden, weight = (torch.empty(x, d, dtype=torch.bfloat16, device="meta") for x in (n, v))
+        chunks = logprob.token_chunks(hidden, weight, torch.bfloat16, 2 * v * d)
+        assert (len(chunks) == 1) == one and chunks[0][0] == 0 and chunks[-1][1] == n
+        assert one or all(2 * (b - a) * v <= 2**29 for a, b in chunks)
+        # Nothing is spared in fp32, or where the weight is frozen.
+        chunks = logprob.token_chunks(hidden, weight, torch.bfloat16, 0)
+        assert (len(chunks) == 1) == (2 * n * v <= 2**29)
+
+
+class Conversions(TorchDispatchMode):
+    """How many times a tensor of `shape` was converted to bf16."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        converts = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16
+        self.count += converts and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("megabytes, chunks", [("0.02", 3), ("64", 1)])
+def test_known_weights_in_bf16(megabytes, chunks, trained, monkeypatch):
+    """linear_nll with CUDA's products, bf16 into fp32, put in for the CPU's: 3 products and one conversion of an fp32
+    weight under autocast, none of a bf16 one; gradients as near to fp64 as plain autocast torch has them."""
+    n, d, v = 30, 32, 1000
+    products = []
+
+    def matmul(a, b, out, accumulate=False):
+        assert a.dtype == b.dtype == torch.bfloat16
+        products.append(out.dtype)
+        product = a.float() @ b.float()
+        out.copy_(out + product if accumulate else product)
+
+    monkeypatch.setattr(logprob, "matmul", matmul)
+    monkeypatch.setattr(logprob, "operand_dtype", lambda hidden, weight: torch.bfloat16)
+    monkeypatch.setenv("KERNELS_WORKSPACE_MB", megabytes)
+    hidden, weight, _, target, g, _ = problem(n, d, v, bias=False)
+    hidden, weight = hidden.to(trained), weight.to(trained)
+    made = []
+    token_chunks = logprob.token_chunks
+    monkeypatch.setattr(logprob, "token_chunks", lambda *a: made.append(token_chunks(*a)) or made[-1])
+    one = torch.tensor(1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Conversions(weight.shape) as conversions:
+        got = run(lambda h, w: linear_nll(h, w, target, g), (hidden, weight), one)
+    # 30 tokens: all logits beside a bf16 dWeight (60,000 + 64,000 bytes) are less than its fp32 accumulator (128,000).
+    assert [len(x) for x in made] == [1 if trained == torch.bfloat16 else chunks]
+    assert conversions.count == (trained == torch.float32)
+    assert len(products) == 3 * len(made[0]) and got[2].dtype == got[1].dtype == trained
+    assert products.count(torch.float32) == (2 * chunks if trained == torch.float32 else 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = run(lambda h, w: -(g * naive(h, w, target)[0]).sum(), (hidden, weight), one)
+    want = run(
+        lambda h, w: -(g.double() * naive(h, w, target)[0]).sum(), (hidden.double(), weight.double()), one.double()
+    )
+    assert all(error(a, c) <= 1.5 * error(b, c) for a, b, c in zip(got, plain, want, strict=True))
 
 
 class LargestTensor(TorchDispatchMode):
