@@ -26,13 +26,14 @@ common offset of 1e4 the latter has an error of 1e-3. Logits of a bf16 product a
 rounding is the largest error here: up to 2^-9 |z| per token. Matrix products accumulate in fp32 and so do sums of them.
 """
 
+import math
 import os
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import triton, use_triton
+from kernels.backend import not_compiled, triton, use_triton
 
 IGNORE = -100  # a target of -100 is no token: log-prob 0, entropy 0, no gradient (the index that torch ignores, too)
 LOWEST = -1e30  # the running maximum before the first logit: finite, because (-inf) - (-inf) and 0 · inf are NaN
@@ -124,60 +125,93 @@ def grad_torch(logits, first, target, state, grad_logp, grad_entropy, temperatur
 if triton is not None:
     import triton.language as tl
 
+    LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+
+    # exp is a multiplication and an exp2 on a GPU: that factor and 1 / T are one, `scale` = log2(e) / T. Only the state in
+    # memory has x = (a - m) / T; here x is (a - m) scale. Whole blocks have no mask: with one, a width that is no multiple
+    # of 16 would load element by element. Only the last block, if it is not whole, has.
+
     @triton.jit
     def _tanh(x):
         # The libdevice function does not exist in the interpreter. Near 0 the quotient would cancel: a series instead.
-        t = tl.exp(-2.0 * tl.abs(x))
+        t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
         far = (1.0 - t) / (1.0 + t)
         square = x * x
         near = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0)))
         return tl.where(tl.abs(x) < 0.1, near, tl.where(x < 0, -far, far))
 
     @triton.jit
+    def _capped(u, softcap, inverse_cap, SOFTCAP: tl.constexpr):
+        if SOFTCAP:
+            u = softcap * _tanh(u * inverse_cap)
+        return u
+
+    @triton.jit
+    def _add_block(a, high, total, moment, scale, ENTROPY: tl.constexpr):
+        new_high = tl.maximum(high, tl.max(a, 0))
+        x = (a - new_high) * scale
+        e = tl.exp2(x)
+        shift = tl.maximum((high - new_high) * scale, -1e4)
+        decay = tl.exp2(shift)
+        if ENTROPY:
+            moment = decay * (moment + shift * total) + tl.sum(e * tl.maximum(x, -1e4), 0)
+        total = decay * total + tl.sum(e, 0)
+        return new_high, total, moment
+
+    @triton.jit
     def _stats_kernel(
-        logits, stride, width, target, first, state, n, temperature, softcap,
+        logits, stride, width, target, first, state, n, scale, softcap, inverse_cap,
         SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)  # row · stride passes 2^31 at 16,384 tokens of a vocabulary of 131,072
         logits += row * stride
         high = tl.load(state + row)
         total = tl.load(state + n + row)
-        moment = tl.load(state + 2 * n + row)
-        # A division for every logit would compete with exp for the special function units.
-        inverse_t = 1.0 / temperature
-        inverse_cap = 1.0 / softcap
+        moment = tl.load(state + 2 * n + row) * LOG2E
 
         column = tl.load(target + row) - first
         inside = (column >= 0) & (column < width)
-        a_target = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
-        if SOFTCAP:
-            a_target = softcap * _tanh(a_target * inverse_cap)
-        tl.store(state + 3 * n + row, a_target, mask=inside)
+        u_target = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(state + 3 * n + row, _capped(u_target, softcap, inverse_cap, SOFTCAP), mask=inside)
 
-        for start in range(0, width, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            a = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
-            if SOFTCAP:
-                a = softcap * _tanh(a * inverse_cap)
-            a = tl.where(columns < width, a, -float("inf"))  # only now: tanh would make the tail finite
-            new_high = tl.maximum(high, tl.max(a, 0))
-            x = (a - new_high) * inverse_t
-            e = tl.exp(x)
-            shift = tl.maximum((high - new_high) * inverse_t, -1e4)
-            decay = tl.exp(shift)
-            if ENTROPY:
-                moment = decay * (moment + shift * total) + tl.sum(e * tl.maximum(x, -1e4), 0)
-            total = decay * total + tl.sum(e, 0)
-            high = new_high
+        whole = width - width % BLOCK
+        for start in range(0, whole, BLOCK):
+            u = tl.load(logits + start + tl.arange(0, BLOCK)).to(tl.float32)
+            a = _capped(u, softcap, inverse_cap, SOFTCAP)
+            high, total, moment = _add_block(a, high, total, moment, scale, ENTROPY)
+        if whole < width:
+            columns = whole + tl.arange(0, BLOCK)
+            u = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
+            # -inf only now: tanh would make it finite.
+            a = tl.where(columns < width, _capped(u, softcap, inverse_cap, SOFTCAP), -float("inf"))
+            high, total, moment = _add_block(a, high, total, moment, scale, ENTROPY)
 
         tl.store(state + row, high)
         tl.store(state + n + row, total)
         if ENTROPY:
-            tl.store(state + 2 * n + row, moment)
+            tl.store(state + 2 * n + row, moment * LN2)
+
+    @triton.jit
+    def _block_gradient(
+        u, columns, column, high, mean, at_target, factor, entropy_factor, scale, softcap, inverse_cap,
+        SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+    ):  # fmt: skip
+        if SOFTCAP:
+            tanh = _tanh(u * inverse_cap)
+            x = (softcap * tanh - high) * scale
+        else:
+            x = (u - high) * scale
+        if ENTROPY:
+            factor += entropy_factor * (tl.maximum(x, -1e4) - mean)
+        d = tl.exp2(x) * factor + tl.where(columns == column, at_target, 0.0)
+        if SOFTCAP:
+            d *= 1.0 - tanh * tanh
+        return d
 
     @triton.jit
     def _grad_kernel(
-        logits, stride, width, target, first, state, n, grad_logp, grad_entropy, out, out_stride, temperature, softcap,
+        logits, stride, width, target, first, state, n, grad_logp, grad_entropy, out, out_stride,
+        scale, inverse_t, softcap, inverse_cap,
         SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -185,35 +219,40 @@ if triton is not None:
         out += row * out_stride
         high = tl.load(state + row)
         inverse_total = 1.0 / tl.load(state + n + row)
-        mean = tl.load(state + 2 * n + row) * inverse_total
-        inverse_t = 1.0 / temperature
-        inverse_cap = 1.0 / softcap
+        mean = tl.load(state + 2 * n + row) * (inverse_total * LOG2E)
         column = tl.load(target + row) - first
-        g = tl.load(grad_logp + row)
+        # All that is the same for a row is multiplied once: 1 / T of the outer derivative, 1 / Σ exp x of p.
+        at_target = tl.load(grad_logp + row) * inverse_t
+        factor = -at_target * inverse_total
+        entropy_factor = 0.0
         if ENTROPY:
-            g_entropy = tl.load(grad_entropy + row)
-        for start in range(0, width, BLOCK):
+            entropy_factor = -tl.load(grad_entropy + row) * inverse_t * inverse_total * LN2
+
+        # Every element is read and written by the same program, which is why `out` may be `logits`.
+        whole = width - width % BLOCK
+        for start in range(0, whole, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            a = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
-            if SOFTCAP:
-                tanh = _tanh(a * inverse_cap)
-                a = softcap * tanh
-            x = (a - high) * inverse_t
-            p = tl.exp(x) * inverse_total
-            weight = g
-            if ENTROPY:
-                weight = g + g_entropy * (tl.maximum(x, -1e4) - mean)
-            d = (tl.where(columns == column, g, 0.0) - p * weight) * inverse_t
-            if SOFTCAP:
-                d *= 1.0 - tanh * tanh
-            # Every element is read and written by the same program, which is why `out` may be `logits`.
+            u = tl.load(logits + columns).to(tl.float32)
+            d = _block_gradient(u, columns, column, high, mean, at_target, factor, entropy_factor,
+                                scale, softcap, inverse_cap, SOFTCAP, ENTROPY)  # fmt: skip
+            tl.store(out + columns, d)
+        if whole < width:
+            columns = whole + tl.arange(0, BLOCK)
+            u = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
+            d = _block_gradient(u, columns, column, high, mean, at_target, factor, entropy_factor,
+                                scale, softcap, inverse_cap, SOFTCAP, ENTROPY)  # fmt: skip
             tl.store(out + columns, d, mask=columns < width)
 
 
-def _launch(logits: Tensor) -> dict:
-    """Block size and warps for rows of this width. Fixed: a pass over rows is bound by memory, not by its tiling."""
-    block = min(4096, triton.next_power_of_2(max(16, logits.shape[1])))
-    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
+def _launch(width: int, temperature: float, softcap: float | None) -> dict:
+    """What both kernels take. Block size and warps are fixed by the rows' width: a pass over rows is bound by memory, not
+    by its tiling."""
+    block = min(4096, triton.next_power_of_2(max(16, width)))
+    return {
+        "scale": 1 / (math.log(2) * temperature), "softcap": float(softcap or 1), "inverse_cap": 1 / (softcap or 1),
+        "SOFTCAP": softcap is not None, "BLOCK": block,
+        "num_warps": 8 if block >= 2048 else 4, "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def stats_triton(logits, first, target, state, temperature, softcap, entropy) -> None:
@@ -223,8 +262,8 @@ def stats_triton(logits, first, target, state, temperature, softcap, entropy) ->
         return
     with torch.cuda.device_of(logits):
         _stats_kernel[(n,)](
-            logits, logits.stride(0), width, target, first, state, n, float(temperature), float(softcap or 1),
-            SOFTCAP=softcap is not None, ENTROPY=entropy, **_launch(logits),
+            logits, logits.stride(0), width, target, first, state, n,
+            ENTROPY=entropy, **_launch(width, temperature, softcap),
         )  # fmt: skip
 
 
@@ -236,9 +275,8 @@ def grad_triton(logits, first, target, state, grad_logp, grad_entropy, temperatu
     with torch.cuda.device_of(logits):
         _grad_kernel[(n,)](
             logits, logits.stride(0), width, target, first, state, n, grad_logp,
-            grad_logp if grad_entropy is None else grad_entropy, out, out.stride(0),
-            float(temperature), float(softcap or 1),
-            SOFTCAP=softcap is not None, ENTROPY=grad_entropy is not None, **_launch(logits),
+            grad_logp if grad_entropy is None else grad_entropy, out, out.stride(0), inverse_t=1 / temperature,
+            ENTROPY=grad_entropy is not None, **_launch(width, temperature, softcap),
         )  # fmt: skip
 
 
@@ -568,6 +606,7 @@ def check_linear(hidden, weight, target, bias, temperature, softcap, logits_dtyp
     return target, dtype, torch.promote_types(dtype, logits_dtype or dtype)
 
 
+@not_compiled
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -615,6 +654,7 @@ def linear_logprob(
     return LinearLogprob.apply(hidden, weight, bias, target, dtype, logits_dtype, temperature, softcap, entropy)
 
 
+@not_compiled
 def linear_nll(
     hidden: Tensor,
     weight: Tensor,
@@ -656,6 +696,7 @@ def weighted_sum(logp: Tensor, token_weight: Tensor) -> Tensor:
     return torch.where(token_weight != 0, logp * token_weight.to(logp.dtype), 0).sum()
 
 
+@not_compiled
 def token_logprob(
     logits: Tensor, target: Tensor, *, temperature: float = 1.0, entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
