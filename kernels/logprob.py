@@ -248,8 +248,9 @@ def _launch(width: int, temperature: float, softcap: float | None) -> dict:
     """What both kernels take. Block size and warps are fixed by the rows' width: a pass over rows is bound by memory, not
     by its tiling."""
     block = min(4096, triton.next_power_of_2(max(16, width)))
+    cap = float(softcap or 1)
     return {
-        "scale": 1 / (math.log(2) * temperature), "softcap": float(softcap or 1), "inverse_cap": 1 / (softcap or 1),
+        "scale": 1 / (math.log(2) * float(temperature)), "softcap": cap, "inverse_cap": 1 / cap,
         "SOFTCAP": softcap is not None, "BLOCK": block,
         "num_warps": 8 if block >= 2048 else 4, "enable_fp_fusion": True,
     }  # fmt: skip
@@ -275,7 +276,7 @@ def grad_triton(logits, first, target, state, grad_logp, grad_entropy, temperatu
     with torch.cuda.device_of(logits):
         _grad_kernel[(n,)](
             logits, logits.stride(0), width, target, first, state, n, grad_logp,
-            grad_logp if grad_entropy is None else grad_entropy, out, out.stride(0), inverse_t=1 / temperature,
+            grad_logp if grad_entropy is None else grad_entropy, out, out.stride(0), inverse_t=1 / float(temperature),
             ENTROPY=grad_entropy is not None, **_launch(width, temperature, softcap),
         )  # fmt: skip
 
@@ -485,8 +486,9 @@ class LinearNLL(torch.autograd.Function):
             g = -token_weight / scale
 
             h, w = hidden.to(dtype).contiguous(), weight.to(dtype)
-            # Each chunk adds to all of dWeight: in fp32, unless there is but one.
-            narrow = need_weight and weight.dtype == dtype
+            # Each chunk adds to all of dWeight: in fp32, unless there is but one. In fp16 a sum over tokens, before the
+            # upstream scalar makes it small, could overflow.
+            narrow = need_weight and weight.dtype == dtype and dtype != torch.float16
             spared = weight.numel() * (stats_dtype.itemsize - dtype.itemsize) if narrow else 0
             chunks = token_chunks(h, w, logits_dtype, spared)
             dw_dtype = weight.dtype if narrow and len(chunks) == 1 else stats_dtype
@@ -671,10 +673,10 @@ def linear_nll(
     The same as weighting `linear_logprob`, but the gradient is formed in forward: 3 matrix products instead of 4. It is
     kept until backward (dHidden and dWeight) and given once; a second backward raises RuntimeError.
 
-    Memory: KERNELS_WORKSPACE_MB of logits at a time, each chunk of tokens adding to dWeight in fp32. Where a half-precision
-    dWeight beside all the logits is no more than that accumulator needs in forward or backward, there is one chunk. A
-    weight of another dtype than the products' (autocast, half precision on a CPU) is converted as a whole, for
-    the time of the forward.
+    Memory: KERNELS_WORKSPACE_MB of logits at a time, each chunk of tokens adding to dWeight in fp32. Where a bf16 dWeight
+    beside all the logits is no more than that accumulator needs in forward or backward, there is one chunk. A weight
+    of another dtype than the products' (autocast, half precision on a CPU) is converted as a whole, for the time of the
+    forward.
 
     Args:
         token_weight: (N,), such as response_mask / number of response tokens. Constants: they get no gradient.

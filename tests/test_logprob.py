@@ -480,6 +480,23 @@ class Conversions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_fp16_sums_do_not_overflow(monkeypatch):
+    """All tokens have one target: the sum of their gradients is beyond fp16's range, their mean is not."""
+
+    def matmul(a, b, out, accumulate=False):
+        product = a.float() @ b.float()
+        out.copy_(out + product if accumulate else product)
+
+    monkeypatch.setattr(logprob, "matmul", matmul)
+    monkeypatch.setattr(logprob, "operand_dtype", lambda hidden, weight: torch.float16)
+    n = 3000
+    hidden, weight, target = torch.full((n, 4), 30.0), torch.zeros(200, 4), torch.zeros(n, dtype=torch.long)
+    op = lambda h, w: linear_nll(h, w, target, torch.full((n,), 1 / n))
+    *_, dw = run(op, (hidden.half(), weight.half()), torch.tensor(1.0))
+    want = torch.where(torch.arange(200)[:, None] == 0, -30 * 199 / 200, 30 / 200).expand(-1, 4)
+    torch.testing.assert_close(dw.float(), want, rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("megabytes, chunks", [("0.02", 3), ("64", 1)])
 def test_known_weights_in_bf16(megabytes, chunks, trained, monkeypatch):
