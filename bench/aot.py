@@ -3,12 +3,12 @@
     python bench/aot.py                     # all cases, about two minutes
     python bench/aot.py --core              # those of tests/test_aot.py
 
-The launching functions themselves run, on CPU tensors with the dtype, stride and alignment that a GPU's would have, under a
-driver that stands for the GPU; Triton compiles and does not launch. So the specialisation (what is a multiple of 16,
-what is 1), the constants and the number of warps are those of a real call.
+The launching functions themselves run, on CPU tensors with the dtype, stride and alignment that a GPU's would have,
+under a driver that stands for the GPU; Triton compiles and does not launch. So the specialisation (what is a multiple of
+16, what is 1), the constants and the number of warps are those of a real call.
 
-Per case: registers of a thread and its bytes of local memory (spilled registers; cuobjdump says both of the machine code),
-shared memory, and the global loads and stores of the PTX by width: `v4.b32` is 16 bytes.
+Per case: registers of a thread and its bytes of local memory (spilled registers; cuobjdump says both of the machine
+code), shared memory, and the global loads and stores of the PTX by width: `v4.b32` is 16 bytes.
 
 Writes bench/results/aot.json.
 """

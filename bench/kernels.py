@@ -4,14 +4,15 @@
     python bench/kernels.py --device cpu        # one shape, fp32, about three minutes on two cores
     python bench/kernels.py --show bench/results/cpu.json
 
-Per case (N tokens, D hidden, V vocabulary, and what is trained): a no-grad forward, and a forward with backward for both
-hidden states and weight under random per-token weights; logits have a standard deviation of 4. A time stands beside its
-ratio to the matrix products that the method needs, which are timed in the same run: 1 for a forward; 3 for forward and
-backward where logits or their gradient are kept, 4 where the backward computes them again (`linear_logprob`: but for its
-last slice); one less where the head is frozen. Rounds go through all methods in turn, so that a change of clock or load
-meets all alike; the figure is the median round. Memory is the peak over what was there before the call, gradients
-included: the allocator's on CUDA, the process's resident set on a CPU. The gradient error is |d - d64| / |d64|, norms over
-the whole of dHidden and of dWeight, d64 in fp64. What fails (memory, a package that does not run here) is one empty cell.
+Per case (N tokens, D hidden, V vocabulary, and what is trained): a no-grad forward, and a forward with backward for
+both hidden states and weight under random per-token weights; logits have a standard deviation of 4. A time stands beside
+its ratio to the matrix products that the method needs, which are timed in the same run: 1 for a forward; 3 for forward
+and backward where logits or their gradient are kept, 4 where the backward computes them again (`linear_logprob`: but for
+its last slice); one less where the head is frozen. Rounds go through all methods in turn, so that a change of clock or
+load meets all alike; the figure is the median round. Memory is the peak over what was there before the call, gradients
+included: the allocator's on CUDA, the process's resident set on a CPU. The gradient error is |d - d64| / |d64|, norms
+over the whole of dHidden and of dWeight, d64 in fp64. What fails (memory, a package that does not run here) is one empty
+cell.
 
 Methods: plain torch (logits, log_softmax, gather), the same under torch.compile, F.linear_cross_entropy (whole and
 chunked), and where they are installed Liger's fused linear cross-entropy (as it is, and adding up in fp32) and its
@@ -339,8 +340,8 @@ def measure(case, device, rounds, skip):
         exact = None
         for name in of_this_loss:
             if exact is None:
-                weights = torch.ones_like(token_weight) if unweighted else token_weight
-                exact = attempt(name, "error", lambda: reference(hidden, weight, target, weights, entropy))  # noqa: B023
+                g = torch.ones_like(token_weight) if unweighted else token_weight
+                exact = attempt(name, "error", lambda: reference(hidden, weight, target, g, entropy))  # noqa: B023
             if exact is not None:
                 rows[name]["error"] = attempt(name, "error", lambda: error_of(methods[name], exact))  # noqa: B023
     for row in rows.values():
@@ -359,7 +360,7 @@ def measure(case, device, rounds, skip):
 
 
 def gemm_times(result):
-    """Seconds of 1 product, of 3, and of 4 (the fourth is the forward's, again); of 2 and 3 where the head is frozen."""
+    """Seconds of 1 product, of 3, and of 4 (the fourth is the forward's, again); of 2 and 3 with a frozen head."""
     first, second, third = (statistics.median(x) for x in result["gemm"].values())
     if result.get("setting") == "frozen head":
         return {1: first, 2: first + second, 3: 2 * first + second}
@@ -446,7 +447,7 @@ def show(report):
         print(f"{result['dtype']}; milliseconds (ratio to the products)")
         print(f"{', '.join(map(str, gemm))} products: {', '.join(f'{1e3 * x:.1f}' for x in gemm.values())}\n")
         print(
-            "| method | forward | forward + backward | products | MiB forward | MiB with backward | error of dHidden, dWeight |"
+            "| method | forward | forward + backward | products | MiB forward | MiB with backward | error of dh, dW |"
         )
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
         for name, row in result["methods"].items():
@@ -454,8 +455,9 @@ def show(report):
                 print(f"| {name} | {row['status']} | | | | | |")
                 continue
             error = ", ".join(f"{x:.1e}" for x in (row.get("error") or {}).values()) or "not measured"
+            peaks = " | ".join(mib(row["memory"].get(kind)) for kind in ("forward", "both"))
             print(f"| {name} | {cell(row, 'forward', gemm[1])} | {cell(row, 'both', gemm[row['products']])} | "
-                  f"{row['products']} | {mib(row['memory'].get('forward'))} | {mib(row['memory'].get('both'))} | {error} |")  # fmt: skip
+                  f"{row['products']} | {peaks} | {error} |")  # fmt: skip
         print()
         for name, row in result["methods"].items():
             if row["status"] not in ("ok", "not installed"):

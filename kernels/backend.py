@@ -19,8 +19,8 @@ except ImportError:  # no Triton on this platform: every op has its torch form
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# A compiled function calls the ops as they are: torch.compile cannot trace their launches. `torch.compiler.disable` is the
-# public name, but it loads torch._dynamo at once, 2 s at every import; this loads it at the first call.
+# A compiled function calls the ops as they are: torch.compile cannot trace their launches. `torch.compiler.disable` is
+# the public name, but it loads torch._dynamo at once, 2 s at every import; this loads it at the first call.
 not_compiled = torch._disable_dynamo
 
 

@@ -13,9 +13,9 @@ For hidden states h (N, D), the head's weight W (V, D) and bias b (V,), temperat
 The logits exist one vocabulary slice at a time, in one workspace of a fixed number of bytes. Forward: for every slice a
 matrix product into the workspace and one pass over it, which updates four numbers per token (online softmax, Milakov
 and Gimelshein, arXiv:1805.02867). Backward: the product again, but for the last slice, which the workspace still holds;
-one pass that turns the logits into their gradient in place, and a product each for dHidden and dWeight. With many slices
-that is 4 matrix products where building the logits takes 3, with one slice it is 3. Slicing over the vocabulary means
-that each slice of dWeight is written once, and only dHidden accumulates (in fp32).
+one pass that turns the logits into their gradient in place, and a product each for dHidden and dWeight. That is 4 matrix
+products with many slices and 3, as many as building the logits takes, with one. Slicing over the vocabulary means that
+each slice of dWeight is written once, and only dHidden accumulates (in fp32).
 A loss whose token weights are known beforehand needs 3: `linear_nll` slices over tokens and forms the gradient at once.
 
 From top to bottom: the pass over the logits in torch, the same in Triton, the matrix products, the autograd functions,
@@ -127,9 +127,9 @@ if triton is not None:
 
     LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
-    # exp is a multiplication and an exp2 on a GPU: that factor and 1 / T are one, `scale` = log2(e) / T. Only the state in
-    # memory has x = (a - m) / T; here x is (a - m) scale. Whole blocks have no mask: with one, a width that is no multiple
-    # of 16 would load element by element. Only the last block, if it is not whole, has.
+    # On a GPU exp is a multiplication and an exp2: that factor and 1 / T are one, `scale` = log2(e) / T. Only the state
+    # in memory has x = (a - m) / T; here x is (a - m) scale. Whole blocks have no mask: with one, a width that is no
+    # multiple of 16 would load element by element. Only the last block, if it is not whole, has.
 
     @triton.jit
     def _tanh(x):
@@ -245,8 +245,8 @@ if triton is not None:
 
 
 def _launch(width: int, temperature: float, softcap: float | None) -> dict:
-    """What both kernels take. Block size and warps are fixed by the rows' width: a pass over rows is bound by memory, not
-    by its tiling."""
+    """What both kernels take. Block size and warps are fixed by the rows' width: a pass over rows is bound by memory,
+    not by its tiling."""
     block = min(4096, triton.next_power_of_2(max(16, width)))
     cap = float(softcap or 1)
     return {
@@ -642,8 +642,8 @@ def linear_logprob(
     stay unrounded. Off CUDA bf16 and fp16 operands are widened, so products and logits are fp32 at least.
 
     Memory: KERNELS_WORKSPACE_MB (512 on a GPU, 64 on a CPU) of logits, but never less than 128 columns of them; the
-    gradients; an fp32 (N, D) accumulator. Kept for backward: the inputs, 16 bytes per token, and that one workspace with the
-    last slice of the logits (each call has its own), which the first backward uses up; a second one (retain_graph)
+    gradients; an fp32 (N, D) accumulator. Kept for backward: the inputs, 16 bytes per token, and that one workspace with
+    the last slice of the logits (each call has its own), which the first backward uses up; a second one (retain_graph)
     computes all logits again. Nothing is kept without grad.
 
     ZeRO-3: the weight is whole only inside the forward of the module that owns it, in backward too. Call the op there.
@@ -673,10 +673,10 @@ def linear_nll(
     The same as weighting `linear_logprob`, but the gradient is formed in forward: 3 matrix products instead of 4. It is
     kept until backward (dHidden and dWeight) and given once; a second backward raises RuntimeError.
 
-    Memory: KERNELS_WORKSPACE_MB of logits at a time, each chunk of tokens adding to dWeight in fp32. Where a bf16 dWeight
-    beside all the logits is no more than that accumulator needs in forward or backward, there is one chunk. A weight
-    of another dtype than the products' (autocast, half precision on a CPU) is converted as a whole, for the time of the
-    forward.
+    Memory: KERNELS_WORKSPACE_MB of logits at a time, each chunk of tokens adding to dWeight in fp32. Where a bf16
+    dWeight beside all the logits is no more than that accumulator needs in forward or backward, there is one chunk. A
+    weight of another dtype than the products' (autocast, half precision on a CPU) is converted as a whole, for the time
+    of the forward.
 
     Args:
         token_weight: (N,), such as response_mask / number of response tokens. Constants: they get no gradient.

@@ -1,4 +1,4 @@
-"""bench/aot.py: every Triton kernel compiles for an A100 and an H100 as it is launched, without spills, with wide accesses."""
+"""bench/aot.py: every Triton kernel compiles for an A100 and an H100 as launched, without spills, with wide accesses."""
 
 import json
 import sys

@@ -133,7 +133,7 @@ def test_a_case_without_memory_does_not_lose_the_file(monkeypatch, tmp_path, cap
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_targets_on_a_gpu(frozen):
-    """Limits from made-up times, counted by hand: products of 1, 2 and 4 s, two slices, 1 s for a pass over the logits."""
+    """Limits from made-up times, counted by hand: products of 1, 2 and 4 s, two slices, 1 s to pass over the logits."""
     n, d, v = 1000, 500, 50000
     row = lambda forward, both, memory: {"forward": [forward], "both": [both], "memory": {"both": memory}, "failed": {}}
     small = 64 * n + 2**20
@@ -149,7 +149,8 @@ def test_targets_on_a_gpu(frozen):
     }
     result = {
         "n": n, "d": d, "v": v, "setting": "frozen head" if frozen else "all trained", "dtype": "bfloat16", "slices": 2,
-        "operands": "bfloat16", "gemm": {"a": [1.0], "b": [2.0], "c": [4.0]}, "bytes_per_second": 2.0 * n * v, "methods": rows,
+        "operands": "bfloat16", "gemm": {"a": [1.0], "b": [2.0], "c": [4.0]}, "bytes_per_second": 2.0 * n * v,
+        "methods": rows,
     }  # fmt: skip
     found = bench.targets(result, "cuda", 2**20)
     assert [t["value"] for t in found] == pytest.approx([1.0] * 5) and [t["limit"] for t in found] == [1.05] * 3 + [
