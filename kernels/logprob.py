@@ -174,7 +174,7 @@ if triton is not None:
         u_target = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(state + 3 * n + row, _capped(u_target, softcap, inverse_cap, SOFTCAP), mask=inside)
 
-        whole = width - width % BLOCK
+        whole = width // BLOCK * BLOCK
         for start in range(0, whole, BLOCK):
             u = tl.load(logits + start + tl.arange(0, BLOCK)).to(tl.float32)
             a = _capped(u, softcap, inverse_cap, SOFTCAP)
@@ -229,7 +229,7 @@ if triton is not None:
             entropy_factor = -tl.load(grad_entropy + row) * inverse_t * inverse_total * LN2
 
         # Every element is read and written by the same program, which is why `out` may be `logits`.
-        whole = width - width % BLOCK
+        whole = width // BLOCK * BLOCK
         for start in range(0, whole, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             u = tl.load(logits + columns).to(tl.float32)
