@@ -7,6 +7,7 @@ of testing, right in fp32 and slow; its bf16 is not right.
 
 import os
 
+import torch
 from torch import Tensor
 
 try:
@@ -16,6 +17,11 @@ except ImportError:  # no Triton on this platform: every op has its torch form
 
 # Triton decides at decoration, that is at import, whether a kernel is compiled or interpreted.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# A compiled function calls the ops as they are: torch.compile cannot trace their launches. `torch.compiler.disable` is
+# the public name, but it loads torch._dynamo at once, 2 s at every import; this loads it at the first call.
+not_compiled = torch._disable_dynamo
 
 
 def use_triton(x: Tensor) -> bool:

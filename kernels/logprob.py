@@ -12,9 +12,10 @@ For hidden states h (N, D), the head's weight W (V, D) and bias b (V,), temperat
 
 The logits exist one vocabulary slice at a time, in one workspace of a fixed number of bytes. Forward: for every slice a
 matrix product into the workspace and one pass over it, which updates four numbers per token (online softmax, Milakov
-and Gimelshein, arXiv:1805.02867). Backward: the product again, one pass that turns the logits into their gradient in
-place, and a product each for dHidden and dWeight. That is 4 matrix products where building the logits takes 3; slicing
-over the vocabulary means that each slice of dWeight is written once, and only dHidden accumulates (in fp32).
+and Gimelshein, arXiv:1805.02867). Backward: the product again, but for the last slice, which the workspace still holds;
+one pass that turns the logits into their gradient in place, and a product each for dHidden and dWeight. That is 4 matrix
+products with many slices and 3, as many as building the logits takes, with one. Slicing over the vocabulary means that
+each slice of dWeight is written once, and only dHidden accumulates (in fp32).
 A loss whose token weights are known beforehand needs 3: `linear_nll` slices over tokens and forms the gradient at once.
 
 From top to bottom: the pass over the logits in torch, the same in Triton, the matrix products, the autograd functions,
@@ -25,13 +26,14 @@ common offset of 1e4 the latter has an error of 1e-3. Logits of a bf16 product a
 rounding is the largest error here: up to 2^-9 |z| per token. Matrix products accumulate in fp32 and so do sums of them.
 """
 
+import math
 import os
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import triton, use_triton
+from kernels.backend import not_compiled, triton, use_triton
 
 IGNORE = -100  # a target of -100 is no token: log-prob 0, entropy 0, no gradient (the index that torch ignores, too)
 LOWEST = -1e30  # the running maximum before the first logit: finite, because (-inf) - (-inf) and 0 · inf are NaN
@@ -123,60 +125,93 @@ def grad_torch(logits, first, target, state, grad_logp, grad_entropy, temperatur
 if triton is not None:
     import triton.language as tl
 
+    LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+
+    # On a GPU exp is a multiplication and an exp2: that factor and 1 / T are one, `scale` = log2(e) / T. Only the state
+    # in memory has x = (a - m) / T; here x is (a - m) scale. Whole blocks have no mask: with one, a width that is no
+    # multiple of 16 would load element by element. Only the last block, if it is not whole, has.
+
     @triton.jit
     def _tanh(x):
         # The libdevice function does not exist in the interpreter. Near 0 the quotient would cancel: a series instead.
-        t = tl.exp(-2.0 * tl.abs(x))
+        t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
         far = (1.0 - t) / (1.0 + t)
         square = x * x
         near = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0)))
         return tl.where(tl.abs(x) < 0.1, near, tl.where(x < 0, -far, far))
 
     @triton.jit
+    def _capped(u, softcap, inverse_cap, SOFTCAP: tl.constexpr):
+        if SOFTCAP:
+            u = softcap * _tanh(u * inverse_cap)
+        return u
+
+    @triton.jit
+    def _add_block(a, high, total, moment, scale, ENTROPY: tl.constexpr):
+        new_high = tl.maximum(high, tl.max(a, 0))
+        x = (a - new_high) * scale
+        e = tl.exp2(x)
+        shift = tl.maximum((high - new_high) * scale, -1e4)
+        decay = tl.exp2(shift)
+        if ENTROPY:
+            moment = decay * (moment + shift * total) + tl.sum(e * tl.maximum(x, -1e4), 0)
+        total = decay * total + tl.sum(e, 0)
+        return new_high, total, moment
+
+    @triton.jit
     def _stats_kernel(
-        logits, stride, width, target, first, state, n, temperature, softcap,
+        logits, stride, width, target, first, state, n, scale, softcap, inverse_cap,
         SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)  # row · stride passes 2^31 at 16,384 tokens of a vocabulary of 131,072
         logits += row * stride
         high = tl.load(state + row)
         total = tl.load(state + n + row)
-        moment = tl.load(state + 2 * n + row)
-        # A division for every logit would compete with exp for the special function units.
-        inverse_t = 1.0 / temperature
-        inverse_cap = 1.0 / softcap
+        moment = tl.load(state + 2 * n + row) * LOG2E
 
         column = tl.load(target + row) - first
         inside = (column >= 0) & (column < width)
-        a_target = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
-        if SOFTCAP:
-            a_target = softcap * _tanh(a_target * inverse_cap)
-        tl.store(state + 3 * n + row, a_target, mask=inside)
+        u_target = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(state + 3 * n + row, _capped(u_target, softcap, inverse_cap, SOFTCAP), mask=inside)
 
-        for start in range(0, width, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            a = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
-            if SOFTCAP:
-                a = softcap * _tanh(a * inverse_cap)
-            a = tl.where(columns < width, a, -float("inf"))  # only now: tanh would make the tail finite
-            new_high = tl.maximum(high, tl.max(a, 0))
-            x = (a - new_high) * inverse_t
-            e = tl.exp(x)
-            shift = tl.maximum((high - new_high) * inverse_t, -1e4)
-            decay = tl.exp(shift)
-            if ENTROPY:
-                moment = decay * (moment + shift * total) + tl.sum(e * tl.maximum(x, -1e4), 0)
-            total = decay * total + tl.sum(e, 0)
-            high = new_high
+        whole = width // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            u = tl.load(logits + start + tl.arange(0, BLOCK)).to(tl.float32)
+            a = _capped(u, softcap, inverse_cap, SOFTCAP)
+            high, total, moment = _add_block(a, high, total, moment, scale, ENTROPY)
+        if whole < width:
+            columns = whole + tl.arange(0, BLOCK)
+            u = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
+            # -inf only now: tanh would make it finite.
+            a = tl.where(columns < width, _capped(u, softcap, inverse_cap, SOFTCAP), -float("inf"))
+            high, total, moment = _add_block(a, high, total, moment, scale, ENTROPY)
 
         tl.store(state + row, high)
         tl.store(state + n + row, total)
         if ENTROPY:
-            tl.store(state + 2 * n + row, moment)
+            tl.store(state + 2 * n + row, moment * LN2)
+
+    @triton.jit
+    def _block_gradient(
+        u, columns, column, high, mean, at_target, factor, entropy_factor, scale, softcap, inverse_cap,
+        SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+    ):  # fmt: skip
+        if SOFTCAP:
+            tanh = _tanh(u * inverse_cap)
+            x = (softcap * tanh - high) * scale
+        else:
+            x = (u - high) * scale
+        if ENTROPY:
+            factor += entropy_factor * (tl.maximum(x, -1e4) - mean)
+        d = tl.exp2(x) * factor + tl.where(columns == column, at_target, 0.0)
+        if SOFTCAP:
+            d *= 1.0 - tanh * tanh
+        return d
 
     @triton.jit
     def _grad_kernel(
-        logits, stride, width, target, first, state, n, grad_logp, grad_entropy, out, out_stride, temperature, softcap,
+        logits, stride, width, target, first, state, n, grad_logp, grad_entropy, out, out_stride,
+        scale, inverse_t, softcap, inverse_cap,
         SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -184,35 +219,41 @@ if triton is not None:
         out += row * out_stride
         high = tl.load(state + row)
         inverse_total = 1.0 / tl.load(state + n + row)
-        mean = tl.load(state + 2 * n + row) * inverse_total
-        inverse_t = 1.0 / temperature
-        inverse_cap = 1.0 / softcap
+        mean = tl.load(state + 2 * n + row) * (inverse_total * LOG2E)
         column = tl.load(target + row) - first
-        g = tl.load(grad_logp + row)
+        # All that is the same for a row is multiplied once: 1 / T of the outer derivative, 1 / Σ exp x of p.
+        at_target = tl.load(grad_logp + row) * inverse_t
+        factor = -at_target * inverse_total
+        entropy_factor = 0.0
         if ENTROPY:
-            g_entropy = tl.load(grad_entropy + row)
-        for start in range(0, width, BLOCK):
+            entropy_factor = -tl.load(grad_entropy + row) * inverse_t * inverse_total * LN2
+
+        # Every element is read and written by the same program, which is why `out` may be `logits`.
+        whole = width // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            a = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
-            if SOFTCAP:
-                tanh = _tanh(a * inverse_cap)
-                a = softcap * tanh
-            x = (a - high) * inverse_t
-            p = tl.exp(x) * inverse_total
-            weight = g
-            if ENTROPY:
-                weight = g + g_entropy * (tl.maximum(x, -1e4) - mean)
-            d = (tl.where(columns == column, g, 0.0) - p * weight) * inverse_t
-            if SOFTCAP:
-                d *= 1.0 - tanh * tanh
-            # Every element is read and written by the same program, which is why `out` may be `logits`.
+            u = tl.load(logits + columns).to(tl.float32)
+            d = _block_gradient(u, columns, column, high, mean, at_target, factor, entropy_factor,
+                                scale, softcap, inverse_cap, SOFTCAP, ENTROPY)  # fmt: skip
+            tl.store(out + columns, d)
+        if whole < width:
+            columns = whole + tl.arange(0, BLOCK)
+            u = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
+            d = _block_gradient(u, columns, column, high, mean, at_target, factor, entropy_factor,
+                                scale, softcap, inverse_cap, SOFTCAP, ENTROPY)  # fmt: skip
             tl.store(out + columns, d, mask=columns < width)
 
 
-def _launch(logits: Tensor) -> dict:
-    """Block size and warps for rows of this width. Fixed: a pass over rows is bound by memory, not by its tiling."""
-    block = min(4096, triton.next_power_of_2(max(16, logits.shape[1])))
-    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
+def _launch(width: int, temperature: float, softcap: float | None) -> dict:
+    """What both kernels take. Block size and warps are fixed by the rows' width: a pass over rows is bound by memory,
+    not by its tiling."""
+    block = min(4096, triton.next_power_of_2(max(16, width)))
+    cap = float(softcap or 1)
+    return {
+        "scale": 1 / (math.log(2) * float(temperature)), "softcap": cap, "inverse_cap": 1 / cap,
+        "SOFTCAP": softcap is not None, "BLOCK": block,
+        "num_warps": 8 if block >= 2048 else 4, "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def stats_triton(logits, first, target, state, temperature, softcap, entropy) -> None:
@@ -222,8 +263,8 @@ def stats_triton(logits, first, target, state, temperature, softcap, entropy) ->
         return
     with torch.cuda.device_of(logits):
         _stats_kernel[(n,)](
-            logits, logits.stride(0), width, target, first, state, n, float(temperature), float(softcap or 1),
-            SOFTCAP=softcap is not None, ENTROPY=entropy, **_launch(logits),
+            logits, logits.stride(0), width, target, first, state, n,
+            ENTROPY=entropy, **_launch(width, temperature, softcap),
         )  # fmt: skip
 
 
@@ -235,9 +276,8 @@ def grad_triton(logits, first, target, state, grad_logp, grad_entropy, temperatu
     with torch.cuda.device_of(logits):
         _grad_kernel[(n,)](
             logits, logits.stride(0), width, target, first, state, n, grad_logp,
-            grad_logp if grad_entropy is None else grad_entropy, out, out.stride(0),
-            float(temperature), float(softcap or 1),
-            SOFTCAP=softcap is not None, ENTROPY=grad_entropy is not None, **_launch(logits),
+            grad_logp if grad_entropy is None else grad_entropy, out, out.stride(0), inverse_t=1 / float(temperature),
+            ENTROPY=grad_entropy is not None, **_launch(width, temperature, softcap),
         )  # fmt: skip
 
 
@@ -286,12 +326,30 @@ def even_ranges(length: int, limit: int, multiple: int) -> list[tuple[int, int]]
     return [(i, min(i + size, length)) for i in range(0, length, size)]
 
 
-def vocabulary_slices(hidden: Tensor, weight: Tensor, logit_bytes: int) -> list[tuple[int, int]]:
+def logit_bytes(dtype: torch.dtype, logits_dtype: torch.dtype) -> int:
+    """Bytes of a logit and its gradient, which takes its place where the dtypes allow it."""
+    return logits_dtype.itemsize + (0 if logits_dtype == dtype else dtype.itemsize)
+
+
+def vocabulary_slices(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype) -> list[tuple[int, int]]:
     """Vocabulary ranges [a, b) whose logits of all N tokens (and whose converted weight) fit the workspace."""
     # Where the weight has another dtype, so has its gradient: one slice each.
     converted = 0 if weight.dtype == hidden.dtype else 2 * weight.shape[1] * hidden.element_size()
-    per_column = max(len(hidden), 1) * logit_bytes + converted
+    per_column = max(len(hidden), 1) * logit_bytes(hidden.dtype, logits_dtype) + converted
     return even_ranges(len(weight), workspace_bytes(hidden.device) // per_column, 128)
+
+
+def token_chunks(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype, spared: int) -> list[tuple[int, int]]:
+    """Token ranges [a, b) whose logits fit the workspace, or one of all N tokens where its peak of memory is no higher.
+
+    spared: bytes by which the accumulator of dWeight that several chunks need is larger than dWeight. Several chunks
+    hold max(workspace + accumulator, accumulator + dWeight), the second in backward; one holds its logits + dWeight.
+    """
+    budget = workspace_bytes(hidden.device)
+    per_token = len(weight) * logit_bytes(hidden.dtype, logits_dtype)
+    if spared and len(hidden) * per_token <= spared + max(budget, weight.numel() * weight.element_size()):
+        budget = len(hidden) * per_token
+    return even_ranges(len(hidden), budget // per_token, 1)
 
 
 class Workspace:
@@ -315,8 +373,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
         else:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
-        assert not accumulate, "accumulators are never narrower than the operands"
-        out.copy_(torch.mm(a, b))
+        out.add_(torch.mm(a, b)) if accumulate else out.copy_(torch.mm(a, b))
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -356,7 +413,7 @@ class LinearLogprob(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             state = new_state(target, torch.promote_types(logits_dtype, torch.float32))
             h = hidden.to(dtype).contiguous()
-            slices = vocabulary_slices(h, weight, logits_dtype.itemsize)
+            slices = vocabulary_slices(h, weight, logits_dtype)
             workspace = Workspace(len(h), slices[0][1], h, logits_dtype)
             stats, _ = passes(workspace.buffer)
             for a, b in slices:
@@ -364,6 +421,8 @@ class LinearLogprob(torch.autograd.Function):
                 project(h, weight[a:b].to(dtype), None if bias is None else bias[a:b], logits)
                 stats(logits, a, target, state, temperature, softcap, entropy)
         ctx.save_for_backward(hidden, weight, bias, target, state)
+        # This call's own, with the logits of the last slice. Not a saved tensor: the first backward overwrites them.
+        ctx.slices, ctx.workspace = slices, workspace
         return finish(target, state, temperature, entropy)
 
     @staticmethod
@@ -374,6 +433,7 @@ class LinearLogprob(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if grad_logp is None and grad_entropy is None:
             return (None,) * 9
+        workspace, ctx.workspace = ctx.workspace, None
         if weight.dim() != 2:
             raise RuntimeError(
                 f"the LM head's weight has shape {tuple(weight.shape)} in backward: ZeRO-3 partitioned it. Call the op "
@@ -388,19 +448,20 @@ class LinearLogprob(torch.autograd.Function):
             dw = torch.empty(weight.shape, dtype=weight.dtype, device=h.device) if need_weight else None
             db = torch.empty(bias.shape, dtype=state.dtype, device=h.device) if need_bias else None
 
-            in_place = logits_dtype == dtype
-            logit_bytes = logits_dtype.itemsize + (0 if in_place else dtype.itemsize)
-            slices = vocabulary_slices(h, weight, logit_bytes)
-            workspace = Workspace(len(h), slices[0][1], h, logits_dtype)
-            gradients = workspace if in_place else Workspace(len(h), slices[0][1], h, dtype)
+            held = workspace is not None
+            width = ctx.slices[0][1]
+            workspace = workspace or Workspace(len(h), width, h, logits_dtype)
+            gradients = workspace if logits_dtype == dtype else Workspace(len(h), width, h, dtype)
             _, grad = passes(workspace.buffer)
-            for a, b in slices:
+            for a, b in reversed(ctx.slices):
+                last = b == len(weight)
                 logits, dz = workspace.view(len(h), b - a), gradients.view(len(h), b - a)
                 w = weight[a:b].to(dtype)
-                project(h, w, None if bias is None else bias[a:b], logits)
+                if not (last and held):
+                    project(h, w, None if bias is None else bias[a:b], logits)
                 grad(logits, a, target, state, grad_logp, grad_entropy, temperature, softcap, dz)
                 if need_hidden:
-                    matmul(dz, w, dh, accumulate=a > 0)
+                    matmul(dz, w, dh, accumulate=not last)
                 if need_weight:
                     matmul(dz.t(), h, dw[a:b])
                 if need_bias:
@@ -414,9 +475,8 @@ class LinearNLL(torch.autograd.Function):
     """-Σ token_weight · logp. The gradient is formed in forward, from the one copy of the logits that is ever made."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, token_weight, logits_dtype, temperature, softcap):
+    def forward(ctx, hidden, weight, bias, target, token_weight, dtype, logits_dtype, temperature, softcap):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dtype = hidden.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             stats_dtype = torch.promote_types(logits_dtype, torch.float32)
             token_weight = upstream(token_weight, target, stats_dtype)
@@ -425,17 +485,19 @@ class LinearNLL(torch.autograd.Function):
             scale = torch.where(scale > 0, scale, 1)
             g = -token_weight / scale
 
-            h = hidden.contiguous()
-            in_place = logits_dtype == dtype
-            logit_bytes = logits_dtype.itemsize + (0 if in_place else dtype.itemsize)
-            chunks = even_ranges(len(h), workspace_bytes(h.device) // (len(weight) * logit_bytes), 1)
+            h, w = hidden.to(dtype).contiguous(), weight.to(dtype)
+            # Each chunk adds to all of dWeight: in fp32, unless there is but one. In fp16 a sum over tokens, before the
+            # upstream scalar makes it small, could overflow.
+            narrow = need_weight and weight.dtype == dtype and dtype != torch.float16
+            spared = weight.numel() * (stats_dtype.itemsize - dtype.itemsize) if narrow else 0
+            chunks = token_chunks(h, w, logits_dtype, spared)
+            dw_dtype = weight.dtype if narrow and len(chunks) == 1 else stats_dtype
             rows = chunks[0][1] if chunks else 0
             workspace = Workspace(rows, len(weight), h, logits_dtype)
-            gradients = workspace if in_place else Workspace(rows, len(weight), h, dtype)
+            gradients = workspace if logits_dtype == dtype else Workspace(rows, len(weight), h, dtype)
             stats, grad = passes(workspace.buffer)
-            dh = torch.empty_like(h) if need_hidden else None
-            # Each chunk adds to all of dWeight: fp32, unless there is but one.
-            dw_dtype = weight.dtype if len(chunks) == 1 else stats_dtype
+            dh_dtype = torch.promote_types(hidden.dtype, dtype)  # rounded to hidden's in backward, once
+            dh = torch.empty(h.shape, dtype=dh_dtype, device=h.device) if need_hidden else None
             new = torch.empty if chunks else torch.zeros
             dw = new(weight.shape, dtype=dw_dtype, device=h.device) if need_weight else None
             db = torch.zeros(bias.shape, dtype=stats_dtype, device=h.device) if need_bias else None
@@ -443,12 +505,12 @@ class LinearNLL(torch.autograd.Function):
             for a, b in chunks:
                 logits, dz = workspace.view(b - a, len(weight)), gradients.view(b - a, len(weight))
                 state = new_state(target[a:b], stats_dtype)
-                project(h[a:b], weight, bias, logits)
+                project(h[a:b], w, bias, logits)
                 stats(logits, 0, target[a:b], state, temperature, softcap, False)
                 grad(logits, 0, target[a:b], state, g[a:b], None, temperature, softcap, dz)
                 loss -= weighted_sum(finish(target[a:b], state, temperature, False), token_weight[a:b])
                 if need_hidden:
-                    matmul(dz, weight, dh[a:b])
+                    matmul(dz, w, dh[a:b])
                 if need_weight:
                     matmul(dz.t(), h[a:b], dw, accumulate=a > 0)
                 if need_bias:
@@ -471,7 +533,7 @@ class LinearNLL(torch.autograd.Function):
                 # One pass: scaled in the accumulator's precision, rounded once.
                 d = d.mul_(grad) if d.dtype == dtype else torch.mul(d, grad, out=torch.empty_like(d, dtype=dtype))
             scaled.append(d)
-        return *scaled, *(None,) * 5
+        return *scaled, *(None,) * 6
 
 
 class TokenLogprob(torch.autograd.Function):
@@ -546,6 +608,7 @@ def check_linear(hidden, weight, target, bias, temperature, softcap, logits_dtyp
     return target, dtype, torch.promote_types(dtype, logits_dtype or dtype)
 
 
+@not_compiled
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -579,7 +642,9 @@ def linear_logprob(
     stay unrounded. Off CUDA bf16 and fp16 operands are widened, so products and logits are fp32 at least.
 
     Memory: KERNELS_WORKSPACE_MB (512 on a GPU, 64 on a CPU) of logits, but never less than 128 columns of them; the
-    gradients; an fp32 (N, D) accumulator. Kept for backward: the inputs and 16 bytes per token. Nothing without grad.
+    gradients; an fp32 (N, D) accumulator. Kept for backward: the inputs, 16 bytes per token, and that one workspace with
+    the last slice of the logits (each call has its own), which the first backward uses up; a second one (retain_graph)
+    computes all logits again. Nothing is kept without grad.
 
     ZeRO-3: the weight is whole only inside the forward of the module that owns it, in backward too. Call the op there.
 
@@ -591,6 +656,7 @@ def linear_logprob(
     return LinearLogprob.apply(hidden, weight, bias, target, dtype, logits_dtype, temperature, softcap, entropy)
 
 
+@not_compiled
 def linear_nll(
     hidden: Tensor,
     weight: Tensor,
@@ -605,9 +671,12 @@ def linear_nll(
     """-Σ_i token_weight_i · logp_i, a scalar, for losses whose token weights are known beforehand (SFT, ReST).
 
     The same as weighting `linear_logprob`, but the gradient is formed in forward: 3 matrix products instead of 4. It is
-    kept until backward (dHidden, and dWeight in fp32) and given once; a second backward raises RuntimeError. Where the
-    operands must be converted first (autocast with other dtypes, half precision on a CPU) it does what `linear_logprob`
-    does.
+    kept until backward (dHidden and dWeight) and given once; a second backward raises RuntimeError.
+
+    Memory: KERNELS_WORKSPACE_MB of logits at a time, each chunk of tokens adding to dWeight in fp32. Where a bf16
+    dWeight beside all the logits is no more than that accumulator needs in forward or backward, there is one chunk. A
+    weight of another dtype than the products' (autocast, half precision on a CPU) is converted as a whole, for the time
+    of the forward.
 
     Args:
         token_weight: (N,), such as response_mask / number of response tokens. Constants: they get no gradient.
@@ -618,9 +687,8 @@ def linear_nll(
         raise ValueError(f"token_weight must be {tuple(target.shape)} on {target.device}, got "
                          f"{tuple(token_weight.shape)} on {token_weight.device}")  # fmt: skip
     token_weight = token_weight.detach()
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    if needs_grad and hidden.dtype == weight.dtype == dtype:
-        return LinearNLL.apply(hidden, weight, bias, target, token_weight, logits_dtype, temperature, softcap)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        return LinearNLL.apply(hidden, weight, bias, target, token_weight, dtype, logits_dtype, temperature, softcap)
     logp = LinearLogprob.apply(hidden, weight, bias, target, dtype, logits_dtype, temperature, softcap, False)
     return -weighted_sum(logp, token_weight)
 
@@ -630,6 +698,7 @@ def weighted_sum(logp: Tensor, token_weight: Tensor) -> Tensor:
     return torch.where(token_weight != 0, logp * token_weight.to(logp.dtype), 0).sum()
 
 
+@not_compiled
 def token_logprob(
     logits: Tensor, target: Tensor, *, temperature: float = 1.0, entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

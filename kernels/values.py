@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import triton, use_triton
+from kernels.backend import not_compiled, triton, use_triton
 
 # --- The two passes, in torch ------------------------------------------------------------------------------------------
 
@@ -66,7 +66,9 @@ def moments_triton(values: Tensor, mask: Tensor) -> Tensor:
     moments = torch.zeros((max(blocks, 1), 3), dtype=torch.float64, device=values.device)
     if blocks:
         with torch.cuda.device_of(values):
-            _moments_kernel[(blocks,)](values, mask.view(torch.uint8), moments, values.numel(), BLOCK=BLOCK)
+            _moments_kernel[(blocks,)](
+                values, mask.view(torch.uint8), moments, values.numel(), BLOCK=BLOCK, enable_fp_fusion=True
+            )
     return moments
 
 
@@ -75,7 +77,9 @@ def apply_triton(values: Tensor, mask: Tensor, mean: Tensor, scale: Tensor, out:
     blocks = triton.cdiv(values.numel(), BLOCK)
     if blocks:
         with torch.cuda.device_of(values):
-            _apply_kernel[(blocks,)](values, mask.view(torch.uint8), mean, scale, out, values.numel(), BLOCK=BLOCK)
+            _apply_kernel[(blocks,)](
+                values, mask.view(torch.uint8), mean, scale, out, values.numel(), BLOCK=BLOCK, enable_fp_fusion=True
+            )
 
 
 # --- Merging, autograd, the public op ----------------------------------------------------------------------------------
@@ -129,6 +133,7 @@ class NormalizeValues(torch.autograd.Function):
         return dv.to(values.dtype), None, None, None
 
 
+@not_compiled
 def normalize_values(values: Tensor, mask: Tensor, *, eps: float = 1e-5, group=None) -> Tensor:
     """(values - μ) / (σ + eps) under the mask, 0 elsewhere: DVPO eq. 2.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import triton, use_triton
+from kernels.backend import not_compiled, triton, use_triton
 
 PAIRS = ("upper", "full", "mean")
 
@@ -135,7 +135,7 @@ class VCBLoss(torch.autograd.Function):
                 _vcb_kernel[(prompts,)](
                     policy_logp, ref_logp, reward, mask.view(torch.uint8), loss, grad, n, gamma, lam,
                     HALF=pairs == "full", UPPER=pairs == "upper", MEAN=pairs == "mean", BLOCK=block,
-                    num_warps=8 if block >= 64 else 4 if block >= 32 else 1,
+                    num_warps=8 if block >= 64 else 4 if block >= 32 else 1, enable_fp_fusion=True,
                 )  # fmt: skip
         ctx.save_for_backward(grad)
         return loss
@@ -151,6 +151,7 @@ class VCBLoss(torch.autograd.Function):
 # --- The public op -----------------------------------------------------------------------------------------------------
 
 
+@not_compiled
 def vcb_loss(
     policy_logp: Tensor,
     ref_logp: Tensor,
