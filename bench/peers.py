@@ -25,8 +25,8 @@ Losses are those of the optimizer steps, as each side's backward pass gets them;
            tokens under the policy before each update.
 
 Seconds are the processor time (user + system, all threads) of the process from one step to the next, which other work on
-the machine stretches less than wall time; medians over steps and repeats. The first step is warm-up. A step is a rollout
-for rloo and grpo. Each measurement has a process of its own, and the sides take turns. Memory is the peak resident set
+the machine stretches less than wall time: of each step the least of the repeats, and the mean over steps, whose lengths
+differ. The first step is warm-up. A step is a rollout for rloo and grpo. Each measurement has a process of its own, and the sides take turns. Memory is the peak resident set
 from before the first step, less what the process had when everything was imported.
 
 Without Triton's devices TRL sends every position through the LM head, not just the response's. `trl_selected` is TRL made to
@@ -67,11 +67,17 @@ def build(folder: Path, s: dict):
     rng, words = random.Random(0), range(5, s["model"]["vocab_size"])
     text = lambda mean: " ".join(step.word(rng.choice(words)) for _ in range(rng.randint(mean // 2, mean * 3 // 2)))
     pairs = [
-        {"prompt": text(s["prompt_tokens"]), "chosen": text(s["response_tokens"]), "rejected": text(s["response_tokens"])}
+        {
+            "prompt": text(s["prompt_tokens"]),
+            "chosen": text(s["response_tokens"]),
+            "rejected": text(s["response_tokens"]),
+        }
         for _ in range(s["batch_size"] * s["steps"])
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    ids = lambda: [rng.choice(words) for _ in range(rng.randint(s["response_tokens"] // 2, s["response_tokens"] * 3 // 2))]
+    ids = lambda: [
+        rng.choice(words) for _ in range(rng.randint(s["response_tokens"] // 2, s["response_tokens"] * 3 // 2))
+    ]
     rollouts = [[([*ids(), 1], rng.gauss(0, 1)) for _ in range(N)] for _ in pairs]
     (folder / "rollouts.json").write_text(json.dumps(rollouts))
 
@@ -332,7 +338,9 @@ def compare(methods: list[str], steps: int = 10) -> list[dict]:
         build(Path(folder), s)
         for method in methods:
             own = s | {"steps": steps // EPOCHS.get(method, 1), "learning_rate": 1e-3}
-            own |= {"rloo": {"max_grad_norm": 1e-2}, "ipo": {"gamma": 5.0}}.get(method, {})  # ipo: 1 / (2 gamma) hides nothing
+            own |= {"rloo": {"max_grad_norm": 1e-2}, "ipo": {"gamma": 5.0}}.get(
+                method, {}
+            )  # ipo: 1 / (2 gamma) hides nothing
             losses = {side: spawn(method, side, Path(folder), own)["losses"] for side in ("ours", "trl")}
             what = "mean log-prob" if method == "rloo" else "loss"
             found.append({"method": method, "what": what, **losses, "gap": gap(losses["ours"], losses["trl"])})
@@ -350,9 +358,10 @@ def measure(method: str, s: dict, repeats: int) -> dict:
                 runs[side].append(spawn(method, side, Path(folder), s))
     row = {"method": method, "updates": EPOCHS.get(method, 1), "load": [round(x, 2) for x in os.getloadavg()]}
     row["rounds"] = {side: [run["seconds"] for run in of] for side, of in runs.items()}
-    row["seconds"] = {side: round(statistics.median(sum(of, [])), 3) for side, of in row["rounds"].items()}
+    least = {side: [min(of_step) for of_step in zip(*of, strict=True)] for side, of in row["rounds"].items()}
+    row["seconds"] = {side: round(statistics.mean(x), 3) for side, x in least.items()}
     for name in ("reference_seconds", "peak_memory_mb"):
-        row[name] = {side: round(statistics.median(run[name] for run in of), 3) for side, of in runs.items()}
+        row[name] = {side: min(run[name] for run in of) for side, of in runs.items()}
     row["ratio"] = ratios(row)
     return row
 
@@ -361,7 +370,9 @@ def ratios(row: dict) -> dict:
     """Ours / TRL's, of a step's seconds, of those with the reference's share of one pass over the data, and of memory."""
     whole = {side: x + row["reference_seconds"][side] for side, x in row["seconds"].items()}
     parts = {"seconds": row["seconds"], "with_reference": whole, "memory": row["peak_memory_mb"]}
-    return {side: {name: round(of["ours"] / of[side], 3) for name, of in parts.items()} for side in whole if side != "ours"}
+    return {
+        side: {name: round(of["ours"] / of[side], 3) for name, of in parts.items()} for side in whole if side != "ours"
+    }
 
 
 def table(report: dict) -> str:
@@ -374,7 +385,9 @@ def table(report: dict) -> str:
     for row in report["rows"]:
         t, m, r = row["seconds"], row["peak_memory_mb"], row["ratio"]
         cell = lambda side, t=t, r=r: f"{t[side]:.2f} ({r[side]['seconds']:.2f})" if side in t else ""
-        whole = " / ".join(f"{of['with_reference']:.2f}" for of in r.values()) if row["reference_seconds"]["ours"] else ""
+        whole = (
+            " / ".join(f"{of['with_reference']:.2f}" for of in r.values()) if row["reference_seconds"]["ours"] else ""
+        )
         lines.append(f"| {row['method']} | {t['ours']:.2f} | {cell('trl')} | {cell('trl_selected')} | {whole} | {m['ours']:.0f} "
                      f"| {m['trl']:.0f} ({r['trl']['memory']:.2f}) |")  # fmt: skip
     lines += ["", "| method | compared | ours, first and last | TRL, first and last | largest relative gap |",
@@ -390,7 +403,9 @@ def main():
     parser.add_argument("--method", help=f"some of {','.join(SCRIPTS)}")
     parser.add_argument("--losses", action="store_true", help="compare losses, measure nothing")
     parser.add_argument("--shape", choices=("tiny", "100m"), default="100m")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences a step: two a pair, four a prompt of a rollout")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="sequences a step: two a pair, four a prompt of a rollout"
+    )
     parser.add_argument("--steps", type=int, default=2, help="measured steps, after one of warm-up")
     parser.add_argument("--repeats", type=int, default=2, help="processes a side")
     parser.add_argument("--output", type=Path, default=step.ROOT / "bench" / "results" / "peers.json")
@@ -419,7 +434,9 @@ def main():
     earlier = json.loads(args.output.read_text()) if args.output.is_file() else {}
     if earlier and (args.losses or earlier["settings"] == s):
         report = earlier  # what is measured now takes the place of what was
-    report["versions"] = {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers", "accelerate")}
+    report["versions"] = {
+        name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers", "accelerate")
+    }
     report |= {"commit": step.commit(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
     part = "losses" if args.losses else "rows"
     for method in methods:
