@@ -5,19 +5,19 @@
     python bench/peers.py --method sft,dpo          # time and memory, added to bench/results/peers.json
     python bench/peers.py --show bench/results/peers.json
 
-Both sides run their own training code: a script's `train`, and a TRL trainer with a small dataset in memory. They get the
-same weights (random, of bench/step.py's shapes), token ids in the same order, rewards, and AdamW with the same settings:
-constant learning rate, no weight decay, no dropout, fp32, whole batches. Prompts and responses have lengths from half to
-one and a half times those of the shape. Rollouts are replayed: generation and the reward model are left out of both, and
-what scores them (log-probs of the policy before the update, and of the reference) is in.
+Both sides run their own training code: a script's `train`, and a TRL trainer with a small dataset in memory. They get
+the same weights (random, of bench/step.py's shapes), token ids in the same order, rewards, and AdamW with the same
+settings: constant learning rate, no weight decay, no dropout, fp32, whole batches. Prompts and responses have lengths
+from half to one and a half times those of the shape. Rollouts are replayed: generation and the reward model are left out
+of both, and what scores them (log-probs of the policy before the update, and of the reference) is in.
 
 Losses are those of the optimizer steps, as each side's backward pass gets them; a gap is |a - b| / max(|a|, |b|), which
 --losses wants below 1e-4. Where definitions or defaults differ:
 
-    dpo    TRL reads the reference in every step, or with `precompute_ref_log_probs` before the first, as ours does always.
-    ipo    TRL divides each log-ratio by its length: ours with --length_normalize yes. The default, sums, is another loss.
-    grpo   TRL weights its KL by the ratio unless `use_bias_correction_kl` is off, as here; its default `beta` is 0. With one
-           update a rollout (`grpo_once`) it takes the log-probs before the update from the update itself.
+    dpo    TRL reads the reference in every step, or with `precompute_ref_log_probs` before the first, as ours always.
+    ipo    TRL divides log-ratios by their lengths: ours with --length_normalize yes. The default, sums, is another loss.
+    grpo   TRL weights its KL by the ratio unless `use_bias_correction_kl` is off, as here; its default `beta` is 0.
+           With one update a rollout (`grpo_once`) it takes the log-probs before the update from the update itself.
     rloo   TRL has one ratio a response and means over responses, ours one a token and means over tokens. With one update
            a rollout (ratio 1) TRL's loss is the mean advantage, 0 for every policy, and its gradient is ours times the
            rollout's mean length. So gradients are clipped to a norm that both exceed, which makes updates the same, and
@@ -64,7 +64,7 @@ LIMITS = {"max_prompt_tokens": 10**4, "max_response_tokens": 10**4}
 
 
 def build(folder: Path, s: dict):
-    """policy/, rm/, pairs.jsonl (prompt, chosen, rejected) and rollouts.json (N responses and rewards for each prompt)."""
+    """policy/, rm/, pairs.jsonl (prompt, chosen, rejected) and rollouts.json (N responses, rewards for each prompt)."""
     step.build(folder, s | {"share_backbone": False, "bf16": False, "rollout_batch_size": 0, "warmup": 0})
     rng, words = random.Random(0), range(5, s["model"]["vocab_size"])
     ids = lambda part: rng.choices(words, k=rng.randint(s[f"{part}_tokens"] // 2, s[f"{part}_tokens"] * 3 // 2))
@@ -86,12 +86,8 @@ class Log:
     told = None  # where the parent reads
 
     def __init__(self, method: str, s: dict):
-        self.base, self.updates, self.total = (
-            step.resident("VmRSS:"),
-            METHODS[method][2],
-            s["steps"] * METHODS[method][2],
-        )
-        self.losses, self.logps, self.reference, self.loss = [], [], 0.0, 0.0
+        self.base, self.updates = step.resident("VmRSS:"), METHODS[method][2]
+        self.total, self.losses, self.logps, self.reference, self.loss = s["steps"] * self.updates, [], [], 0.0, 0.0
 
     def hook(self, owner, name: str, act):
         """After each call of owner.name: act(what it gave, its processor time, *its arguments)."""
@@ -156,7 +152,7 @@ def ours(method: str, folder: Path, s: dict) -> Log:
     size = SEQUENCES // 2 if script in ("rm", "dpo") else SEQUENCES  # pairs, or sequences
     model = {"model" if script in ("sft", "rm") else "policy": str(folder / ("rm" if method == "rm" else "policy"))}
     args = (
-        model | {name: s[name] for name in ("steps", "learning_rate", "max_grad_norm")} | LIMITS | whole_batches(size)
+        {name: s[name] for name in ("steps", "learning_rate", "max_grad_norm")} | model | LIMITS | whole_batches(size)
     )
     args |= {"data": str(folder / "pairs.jsonl"), "output_dir": str(folder / "run"), "batch_size": size}
     args |= {"eval_share": 0.0} if method == "rm" else {}
@@ -249,7 +245,7 @@ def peer(method: str, folder: Path, s: dict, selected: bool) -> Log:
 
 
 def encoded(trainer: str, folder: Path, tokenizer) -> tuple[dict, list]:
-    """The columns that a trainer wants of data with token ids, and the prompts' ids: those that scripts make of the rows."""
+    """The columns that a trainer wants of data with ids, and the prompts' ids: those that scripts make of the rows."""
     import sft
 
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
@@ -319,37 +315,33 @@ def measure(method: str, s: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder), s)
         found = together(method, Path(folder), dict.fromkeys(sides, s))
-    row = {
-        name: {side: found[side][name] for side in sides} for name in ("seconds", "reference_seconds", "peak_memory_mb")
-    }
+    columns = ("seconds", "reference_seconds", "peak_memory_mb")
+    row = {name: {side: found[side][name] for side in sides} for name in columns}
     return {"method": method, **row, "load": [round(x, 2) for x in os.getloadavg()], "ratio": ratios(row)}
 
 
 def ratios(row: dict) -> dict:
-    """Ours / TRL's, of a step's seconds, of those with the reference's share of one pass over the data, and of memory."""
+    """Ours / TRL's: a step's seconds, the same with the reference's share of one pass over the data, and memory."""
     t, once, memory = row["seconds"], row["reference_seconds"], row["peak_memory_mb"]
 
     def over(side, share):
         pairs = zip(t["ours"], t[side], strict=True)
-        return round(statistics.median((a + share * once["ours"]) / (b + share * once[side]) for a, b in pairs), 3)
+        return statistics.median((a + share * once["ours"]) / (b + share * once[side]) for a, b in pairs)
 
-    of = lambda side: {
-        "seconds": over(side, 0),
-        "with_reference": over(side, 1),
-        "memory": round(memory["ours"] / memory[side], 3),
-    }
-    return {side: of(side) for side in t if side != "ours"}
+    found = {side: (over(side, 0), over(side, 1), memory["ours"] / memory[side]) for side in t if side != "ours"}
+    names = ("seconds", "with_reference", "memory")
+    return {side: {name: round(x, 3) for name, x in zip(names, of, strict=True)} for side, of in found.items()}
 
 
 def table(report: dict) -> str:
-    """Markdown: a line for each method, with seconds and MiB of each side and ours / TRL's; then the losses."""
+    """Markdown: a line for each method, with mean seconds and MiB of each side and ours / TRL's; then the losses."""
     s, v, others = report["settings"], report["versions"], ("trl", "trl_selected")
     line = lambda *cells: f"| {' | '.join(cells)} |"
     head = lambda first, *rest: [line(first, *rest), line("---", *["---:"] * len(rest))]
     found = [f"{report['device']}, {s['shape']}, {s['sequences']} sequences a step, one thread, {report['clock']}",
              f"commit {report['commit']}, {report['date']}, {', '.join(f'{name} {x}' for name, x in v.items())}", ""]  # fmt: skip
     found += head(
-        "method", "ours, s", "TRL, s", "TRL selecting, s", "with reference", "ours, MiB", "TRL, MiB", "selecting, MiB"
+        "method", "ours, s", "TRL, s", "selecting, s", "with reference", "ours, MiB", "TRL, MiB", "selecting, MiB"
     )
     for row in report["rows"]:
         t, m, r = {side: statistics.mean(x) for side, x in row["seconds"].items()}, row["peak_memory_mb"], row["ratio"]
@@ -357,10 +349,8 @@ def table(report: dict) -> str:
         memory = [f"{m[side]:.0f} ({r[side]['memory']:.2f})" if side in r else "" for side in others]
         whole = " / ".join(f"{x['with_reference']:.2f}" for x in r.values()) if row["reference_seconds"]["ours"] else ""
         found.append(line(row["method"], f"{t['ours']:.2f}", *seconds, whole, f"{m['ours']:.0f}", *memory))
-    found += ["", *head("method", "compared", "ours, first and last", "TRL, first and last", "largest relative gap")]
-    for row in report["losses"]:
-        ends = [f"{row[side][0]:.6f}, {row[side][-1]:.6f}" for side in ("ours", "trl")]
-        found.append(line(row["method"], f"{len(row['ours'])} x {row['what']}", *ends, f"{row['gap']:.1e}"))
+    found += ["", *head("method", "compared", "largest relative gap")]
+    found += [line(x["method"], f"{len(x['ours'])} x {x['what']}", f"{x['gap']:.1e}") for x in report["losses"]]
     return "\n".join(found)
 
 
