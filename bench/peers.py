@@ -63,14 +63,15 @@ SHARP = {"ipo": {"gamma": 5.0}, "rloo": {"max_grad_norm": 1e-2}}
 LIMITS = {"max_prompt_tokens": 10**4, "max_response_tokens": 10**4}
 
 
-def build(folder: Path, s: dict):
+def build(method: str, folder: Path, s: dict):
     """policy/, rm/, pairs.jsonl (prompt, chosen, rejected) and rollouts.json (N responses, rewards for each prompt)."""
     step.build(folder, s | {"share_backbone": False, "bf16": False, "rollout_batch_size": 0, "warmup": 0})
     rng, words = random.Random(0), range(5, s["model"]["vocab_size"])
     ids = lambda part: rng.choices(words, k=rng.randint(s[f"{part}_tokens"] // 2, s[f"{part}_tokens"] * 3 // 2))
     fields = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
     text = lambda part: " ".join(map(step.word, ids(part)))
-    pairs = [{name: text(part) for name, part in fields.items()} for _ in range(SEQUENCES * s["steps"])]
+    rows = s["steps"] * SEQUENCES // {"sft": 1, "rm": 2, "dpo": 2, "reinforce": N}[METHODS[method][0]]
+    pairs = [{name: text(part) for name, part in fields.items()} for _ in range(rows)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     rollouts = [[([*ids("response"), 1], rng.gauss(0, 1)) for _ in range(N)] for _ in pairs]
     (folder / "rollouts.json").write_text(json.dumps(rollouts))
@@ -303,7 +304,7 @@ def compare(method: str, **changes) -> dict:
     """Both sides' losses of ten optimizer steps at the tiny shape; `changes`: settings of TRL alone, to see a gap."""
     s = settings("tiny") | {"steps": 10 // METHODS[method][2], "learning_rate": 1e-3} | SHARP.get(method, {})
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder), s)
+        build(method, Path(folder), s)
         found = together(method, Path(folder), {"ours": s, "trl": s | changes})
     a, b = (found[side]["logps" if method == "rloo" else "losses"] for side in ("ours", "trl"))
     gap = max(abs(x - y) / max(abs(x), abs(y)) for x, y in zip(a, b, strict=True))
@@ -313,7 +314,7 @@ def compare(method: str, **changes) -> dict:
 def measure(method: str, s: dict) -> dict:
     sides = ("ours", "trl", "trl_selected")[: 2 if method == "rm" else 3]  # rm has no LM head
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder), s)
+        build(method, Path(folder), s)
         found = together(method, Path(folder), dict.fromkeys(sides, s))
     columns = ("seconds", "reference_seconds", "peak_memory_mb")
     row = {name: {side: found[side][name] for side in sides} for name in columns}
