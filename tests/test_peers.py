@@ -19,7 +19,7 @@ def test_losses_are_those_of_trl(method):
 
 def test_a_gap_shows():
     pytest.importorskip("trl")
-    assert peers.compare("sft", learning_rate=1.01e-3)["gap"] > peers.GAP
+    assert peers.compare("sft", learning_rate=1.1e-3)["gap"] > peers.GAP  # a tenth too much
 
 
 def test_ratios_are_medians_of_pairs():
