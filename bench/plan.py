@@ -5,15 +5,14 @@
     python bench/plan.py --table                                                   # writes docs/plan.md
 
 Presets and flags are the script's own. Where a run does not fit, changes of flags are tried in the same arithmetic.
-
 Parameters and saved activations are counted, not guessed: transformers' model with one layer and with two is built on the
 meta device, its backbone runs forward under FakeTensorMode, and the bytes that autograd would keep are summed; the
 difference is what each further layer adds. Value and reward models are taken to be as large as the policy, prompts and
 responses as long as the limits allow: for real data these are upper bounds. Not counted: CUDA's context, what the allocator
 holds unused (a card of 80 GiB has 85 GB, such things may take 5), the libraries' own host memory. GB are 1e9 bytes.
 
-Seconds: matrix products run at COMPUTE of the card's peak; decoding a token takes the longer of moving its bytes at
-MEMORY of the bandwidth, and of starting its kernels from the host; ranks exchange at LINK of NVLink, not overlapped.
+Seconds: matrix products run at 0.45 of the card's peak; decoding a token takes the longer of moving its bytes at 0.7 of the
+bandwidth and of starting its kernels, 41 a layer, from the host; ranks exchange at 0.6 of NVLink's rate, not overlapped.
 """
 
 import argparse
@@ -29,6 +28,7 @@ import math
 import re
 import sys
 import unittest.mock
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,10 +44,11 @@ import toy
 from kernels import head_name, model_class
 from kernels.logprob import even_ranges, workspace_bytes
 
+warnings.filterwarnings("ignore", category=FutureWarning)
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = json.loads((ROOT / "bench" / "architectures.json").read_text())  # of public models that presets name
 CARDS = {"a100": (312e12, 2.04e12, 300e9), "h100": (989e12, 3.35e12, 450e9)}  # bf16 FLOP/s, bytes/s; NVLink's, one way
-COMPUTE, MEMORY, LINK = 0.45, 0.7, 0.6  # the attainable share of each, assumed
+COMPUTE, MEMORY, LINK = 0.45, 0.7, 0.6  # the attainable share of each: assumed
 LAUNCHES = 1140 / 28  # kernels a layer that `generate` starts for a token
 LIVE, BUCKET = 1e9, 5e8  # DeepSpeed's stage3_max_live_parameters and reduce_bucket_size
 PHASES = ("loading", "rollout", "scoring", "update", "step")
@@ -79,8 +80,7 @@ class Job:
         self.stage = flag("zero_stage") or int(args.bf16 and self.deepspeed and name != "sample")
         self.part = 1 / gpus if self.stage == 3 else 1  # of weights
         self.trained, self.frozen = MODELS[name]
-        if flag("share_backbone"):
-            self.frozen = [] if self.lora else ["causal"]
+        self.frozen = (["causal"] if not self.lora else []) if flag("share_backbone") else self.frozen
         if flag("rollout_batch_size") % gpus:
             fail(f"--rollout_batch_size {args.rollout_batch_size} must be a multiple of --gpus {gpus}")
         if flag("engine") == "vllm":
@@ -272,8 +272,8 @@ def seconds_of(job: Job, card: str, launch_us: float) -> dict[str, float]:
     if job.drawn:
         group = job.heads // job.kv_heads  # keys and values are copied as they grow, and for every head of a group
         cached = job.drawn * (length - response / 2) * job.cache * (3 + 2 * group * (group > 1))
-        moved = (b * (body + job.embedding) + cached) / (bandwidth * MEMORY)
-        token = max(moved, launch_us * 1e-6 * LAUNCHES * job.layers)
+        moved = cached + b * (body + job.embedding)
+        token = max(moved / (bandwidth * MEMORY), launch_us * 1e-6 * LAUNCHES * job.layers)
         seconds["rollout"] = response * token + compute(job.drawn * args.max_prompt_tokens, 1) + whole
         rows, logps = job.rollouts or job.drawn, 2 if sizes else 0  # of policy and reference
         read = (logps * rows + job.drawn + rows * (job.name == "ppo")) * length + rows * job.tau
@@ -315,15 +315,14 @@ def parsed(name: str, preset: str | None, argv: list[str]):
             if not preset and not toy.is_model(start(args)):
                 args = read(default=script.Args(**script.PAPER))
     except SystemExit:
-        known = {field.name for field in dataclasses.fields(script.Args)}
-        wrong = [x for x in argv if x.startswith("--") and x[2:].split("=")[0].removeprefix("no_") not in known]
+        wrong = [x for x in argv if x[:2] == "--" and not hasattr(script.Args, x[2:].split("=")[0].removeprefix("no_"))]
         fail(f"{name}.py has no flag {wrong[0]}" if wrong else f"{name}.py does not understand {' '.join(argv)}")
     default = preset and start(args) == start(script.Args())
     return script, args, config_of(sft.PRESETS[preset]["model"] if default else start(args))
 
 
 def changes(limit: float, script, args, config, gpus: int, *hardware) -> list[tuple[dict, dict]]:
-    """The smallest sets of changed flags with which the run fits, the fastest first: [({flag: value}, plan), ...]."""
+    """The smallest sets of changed flags with which it fits, the fastest first, but last what trains something else."""
     values = {"share_backbone": [True], "gradient_checkpointing": [True], "lora_r": [16], "bf16": [True]}
     values["zero_stage"] = [x for x in (1, 2, 3) if gpus > 1 and x > getattr(args, "zero_stage", 3)]
     smaller = {"micro_tokens": 512, "micro_batch_size": 1, "max_response_tokens": 128}
@@ -334,15 +333,18 @@ def changes(limit: float, script, args, config, gpus: int, *hardware) -> list[tu
         sets = itertools.combinations(values, size)
         sets = [zip(flags, x) for flags in sets for x in itertools.product(*(values[flag] for flag in flags))]
         tried = [(x, plan(script, dataclasses.replace(args, **x), config, gpus, *hardware)) for x in map(dict, sets)]
-        if fits := [(change, found) for change, found in tried if found["peak"] <= limit]:
-            return sorted(fits, key=lambda x: total(x[1]["seconds"]))[:3]
+        fits = {tuple(x): (x, found) for x, found in reversed(tried) if found["peak"] <= limit}  # the mildest values
+        if fits:
+            other = lambda x: "lora_r" in x or "max_response_tokens" in x
+            return sorted(fits.values(), key=lambda x: (other(x[0]), total(x[1]["seconds"])))[:3]
     return []
 
 
 def table(limit: float = 80e9) -> str:
     """docs/plan.md: every preset of every script on 8 GPUs, and the commands for one GPU in the scripts' first lines."""
     lines = ["# What the presets need", "", "Written by `python bench/plan.py --table`. Computed, not measured (`python bench/plan.py "
-             "--help` says how): GB of each A100 of 80 GB, all sequences as long as the preset allows.", ""]  # fmt: skip
+             "--help` says how): GB of each A100 of 80 GB, seconds of a step, all sequences as long as the preset allows. vcb.py and "
+             "dpo.py score once, before the first step.", ""]  # fmt: skip
     for gpus in (8, 1):
         lines += [f"| {gpus} GPU{'s' * (gpus > 1)} | loading | rollout | scoring | update | optimizer step | host GB | disk GB "
                   "| s a step | fits |", "| --- |" + " ---: |" * 8 + " --- |"]  # fmt: skip
@@ -354,16 +356,14 @@ def table(limit: float = 80e9) -> str:
                 found = plan(*job)
                 fits = [({}, None)] if found["peak"] <= limit else changes(limit, *job)
                 told = "; ".join(flags_of(change) or "yes" for change, _ in fits) or "no"
-                memory = {phase: total(parts) for phase, parts in found["memory"].items()}
-                cells = [gb(memory[x]) if x in memory else "–" for x in PHASES]
+                cells = [gb(total(found["memory"][x])) if x in found["memory"] else "–" for x in PHASES]
                 cells += [gb(found["host"]), gb(found["disk"]), f"{total(found['seconds']):.1f}", told]
                 lines.append(f"| `{name}.py {line}` | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str]):
     words = list(itertools.takewhile(lambda x: not x.startswith("-"), argv))
     parser = argparse.ArgumentParser(usage="plan.py SCRIPT [PRESET] [flags]", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -397,4 +397,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
