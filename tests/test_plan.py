@@ -192,7 +192,7 @@ def test_activations_are_what_autograd_saves(checkpointing, lora, dropout, bf16,
     with cast, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         sft.plain(model)(input_ids=torch.randint(512, (4, 64)), use_cache=False)
     measured = sum(x.nbytes() for address, x in kept.items() if address not in weights)
-    near(plan.activations(planned, 4, 64, checkpointing)[0], measured, 0.15)
+    near(plan.activations(planned, 4, 64, checkpointing)[0], measured, 0.01)
 
 
 def test_activations_of_llama_by_hand():
@@ -228,7 +228,7 @@ def peak_allocated(work):
 @pytest.mark.parametrize("nll", [False, True])
 def test_workspace_of_the_head(nll, trained, monkeypatch):
     monkeypatch.setenv("KERNELS_WORKSPACE_MB", "48")
-    n, d, v = 1536, 256, 24000
+    n, d, v = 1536, 2048, 12000
     planned = job(sft if nll else dvpo, toy.config(**SMALL | {"vocab_size": v, "hidden_size": d}))
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=trained)
     target = torch.randint(v, (n,))
