@@ -83,15 +83,15 @@ class Job:
         self.frozen = (["causal"] if not self.lora else []) if flag("share_backbone") else self.frozen
         if flag("rollout_batch_size") % gpus:
             fail(f"--rollout_batch_size {args.rollout_batch_size} must be a multiple of --gpus {gpus}")
-        if flag("engine") == "vllm":
-            fail("--engine vllm takes 0.9 of the GPU's memory by its own plan: plan without it")
+        if flag("rollout") == "vllm":
+            fail("--rollout vllm holds weights of its own and --cache_gb: plan another rollout, and add these")
         self.length = args.max_prompt_tokens + args.max_response_tokens + (args.tau_tokens if name == "gvm" else 0)
         if config.model_type == "deberta-v2":
             self.length = min(self.length, config.max_position_embeddings)
         self.response = args.max_response_tokens / self.length  # the share of tokens that go through the LM head
         graded = 8 if args.data == "runs/sample/graded.jsonl" else 2  # sample.py's responses to a prompt; or a pair
         self.together = 2 if name == "rm" else flag("n") or graded if name in ("vcb", "dpo") else 1
-        self.tokens = tokens_per_pass(args, self.length * self.together)
+        self.tokens = max(args.micro_tokens, self.length * self.together)  # of a pass on one rank
         self.rows = max(1, self.tokens // self.length)
         self.tau = gvm.PAPER["tau_tokens"] if name == "dvpo" and args.tau_pairs else 0
         self.rollouts = flag("rollout_batch_size") // gpus
@@ -113,12 +113,6 @@ class Job:
 
     def sizes(self) -> list[tuple[int, int, int]]:
         return [parameters(self, kind, True) for kind in self.trained]
-
-
-def tokens_per_pass(args, together: int) -> int:
-    """Tokens of one forward pass on one rank, padding included; at least those that must be in it `together`."""
-    micro = getattr(args, "micro_tokens", None)
-    return max(micro, together) if micro else getattr(args, "micro_batch_size", 64) * together
 
 
 def config_of(name: str):
@@ -325,7 +319,7 @@ def changes(limit: float, script, args, config, gpus: int, *hardware) -> list[tu
     """The smallest sets of changed flags with which it fits, the fastest first, but last what trains something else."""
     values = {"share_backbone": [True], "gradient_checkpointing": [True], "lora_r": [16], "bf16": [True]}
     values["zero_stage"] = [x for x in (1, 2, 3) if gpus > 1 and x > getattr(args, "zero_stage", 3)]
-    smaller = {"micro_tokens": 512, "micro_batch_size": 1, "max_response_tokens": 128}
+    smaller = {"micro_tokens": 512, "max_response_tokens": 128}
     for flag, least in (smaller | {"batch_size": 8} if script.__name__ == "sample" else smaller).items():
         values[flag] = [x for x in (getattr(args, flag, 0) // k for k in (2, 4, 8)) if x >= least]
     values = {k: new for k, v in values.items() if (new := [x for x in v if x != getattr(args, k, x)])}

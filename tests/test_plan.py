@@ -117,7 +117,7 @@ def measure_ranks(out: Path):
     toy.config = lambda of=toy.config, **changes: of(**SMALL | changes)
     found = {}
     for stage in (1, 2, 3):
-        args = sft.Args(zero_stage=stage, bf16=True, batch_size=16, micro_batch_size=4)
+        args = sft.Args(zero_stage=stage, bf16=True, batch_size=16, micro_tokens=256)
         rank, world, _ = sft.init_distributed(args)
         model = sft.load_model("causal", "toy", toy.tokenizer(), args)
         policy = sft.Policy(model)
@@ -126,7 +126,7 @@ def measure_ranks(out: Path):
         optimizer, parameters = engine.deepspeed.optimizer, list(policy.parameters())
         weights = [p.ds_tensor if stage == 3 else p for p in parameters]
         masters = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
-        engine.backward(engine(a_batch(), token_weight=0.01))  # the first of two micro-batches: gradients are kept
+        engine.backward(engine(a_batch(), token_weight=0.01), last=False)  # gradients are kept
         where = {1: [p.grad for p in parameters], 2: optimizer.all_grad_tensors[0] if stage == 2 else [],
                  3: [optimizer.grad_partitions_flat_buffer] if stage == 3 else []}  # fmt: skip
         gradients = bytes_of(where[stage])
@@ -176,7 +176,7 @@ NEOX = {"model_type": "gpt_neox", "hidden_size": 64, "intermediate_size": 256, "
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_autograd_saves(checkpointing, lora, dropout, bf16, family):
     config = transformers.AutoConfig.for_model(**family, attention_dropout=0.0, hidden_dropout=0.0)
-    flags = {"max_prompt_tokens": 24, "max_response_tokens": 40, "micro_batch_size": 4, "bf16": bf16}
+    flags = {"max_prompt_tokens": 24, "max_response_tokens": 40, "micro_tokens": 256, "bf16": bf16}
     planned = job(sft, config, gradient_checkpointing=checkpointing, lora_r=lora, lora_dropout=dropout, **flags)
     model, kept = transformers.AutoModel.from_config(config, dtype=torch.float32), {}
     if checkpointing:
@@ -199,7 +199,7 @@ def test_activations_of_llama_by_hand():
     """bf16, per token and layer: two norms (fp32 input, bf16 normalised, bf16 output), q, k, v after RoPE, attention's output
     and its log-sum-exp, and gate, its SiLU, up and their product. With checkpointing: a layer's input."""
     config = plan.config_of("meta-llama/Llama-3.2-3B")
-    planned = job(dvpo, config, 8, bf16=True, max_prompt_tokens=512, max_response_tokens=512, micro_batch_size=2)
+    planned = job(dvpo, config, 8, bf16=True, max_prompt_tokens=512, max_response_tokens=512, micro_tokens=2048)
     d, f, heads, kv = 3072, 8192, 24 * 128, 8 * 128
     layer = 2 * (4 + 2 + 2) * d + 2 * 4 + 2 * (2 * heads + 2 * kv) + 4 * 24 + 4 * 2 * f
     one, two = (plan.saved(planned, k, False)[0] for k in (1, 2))
@@ -272,16 +272,6 @@ def test_decoding_is_bound_by_bandwidth_where_kernels_are_captured():
     assert more < captured <= launched
 
 
-def test_micro_tokens_where_a_script_has_them():
-    @dataclasses.dataclass
-    class New(dvpo.Args):
-        micro_tokens: int = 4096
-
-    assert plan.tokens_per_pass(New(), 2048) == 4096 and plan.tokens_per_pass(New(micro_tokens=512), 2048) == 2048
-    if not hasattr(dvpo.Args, "micro_tokens"):
-        assert plan.tokens_per_pass(dvpo.Args(micro_batch_size=2), 2048) == 4096
-
-
 def test_changes_fit_and_are_the_fewest():
     given = (*plan.parsed("ppo", "llama3.2-3b", []), 1)
     limit, before = 40e9, plan.plan(*given)
@@ -319,7 +309,7 @@ def test_a_plan_on_the_screen(tmp_path, capsys):
         ("pppo", "unknown script 'pppo'"), ("", "name a script"), ("ppo llama4", "unknown preset 'llama4' of ppo.py"),
         ("ppo llama3-8b --lora 3", "ppo.py has no flag --lora"), ("ppo llama3-8b --lora_r x", "does not understand --lora_r x"),
         ("ppo llama3-8b --gpus 5", "must be a multiple of --gpus 5"), ("ppo llama3-8b --gpus x", "--gpus"),
-        ("sft --model no/such", "no/such is neither a folder"), ("sample llama3-8b --engine vllm", "--engine vllm"),
+        ("sft --model no/such", "no/such is neither a folder"), ("sample llama3-8b --rollout vllm", "--rollout vllm"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(line, told, capsys):
