@@ -710,7 +710,8 @@ def train(args: Args) -> Path:
     question = lambda row: [(encode(tokenizer, row, None, args)[0], as_messages(row["prompt"]))]
     questions = load_data(args, "prompts", question)
     if len(questions) < args.rollout_batch_size:
-        stop(f"{args.data} ({args.split}) has {len(questions)} prompts, a rollout {args.rollout_batch_size}")
+        rollout = f"--rollout_batch_size {args.rollout_batch_size}"
+        stop(f"{args.data} ({args.split}) has {len(questions)} prompts, below {rollout}")
 
     torch.manual_seed(args.seed)
     shared = load_shared(args, tokenizer) if args.share_backbone else None
@@ -724,7 +725,7 @@ def train(args: Args) -> Path:
     tau_pairs = args.tau_pairs if args.tau_pairs >= 0 else getattr(gvm_config, "tau_pairs", 0)
     tau_tokens = getattr(gvm_config, "tau_tokens", 0)
     if tau_pairs and not tau_tokens:
-        stop(f"--tau_pairs {tau_pairs}: {args.gvm} was trained without tau; use 0, or train one with tau by gvm.py")
+        stop(f"--tau_pairs {tau_pairs}: {args.gvm} was trained without tau: use 0, or `python gvm.py --tau_pairs` anew")
 
     engine = Engine(policy, args, world)
     policy.check(engine)

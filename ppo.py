@@ -685,7 +685,8 @@ def train(args: Args) -> Path:
     question = lambda row: [(encode(tokenizer, row, None, args)[0], as_messages(row["prompt"]))]
     questions = load_data(args, "prompts", question)
     if len(questions) < args.rollout_batch_size:
-        stop(f"{args.data} ({args.split}) has {len(questions)} prompts, a rollout {args.rollout_batch_size}")
+        rollout = f"--rollout_batch_size {args.rollout_batch_size}"
+        stop(f"{args.data} ({args.split}) has {len(questions)} prompts, below {rollout}")
 
     if args.reward_model == "gold":  # prompts of other worlds are told before anything is written
         reward([messages for _, messages in questions], [""] * len(questions), [True] * len(questions))

@@ -646,10 +646,8 @@ def train(args: Args) -> Path:
     per_rollout = args.rollout_batch_size // n  # prompts
     single = updates_once(args)
     if len(questions) < per_rollout:
-        stop(
-            f"{args.data} ({args.split}) has {len(questions)} prompts: fewer than the {per_rollout} of a rollout "
-            f"(--rollout_batch_size {args.rollout_batch_size}, {n} responses each)"
-        )
+        stop(f"{args.data} ({args.split}) has {len(questions)} prompts, below the {per_rollout} of a rollout: "
+             f"--rollout_batch_size {args.rollout_batch_size}, {n} responses each")  # fmt: skip
 
     if args.reward_model == "gold":  # prompts of other worlds are told before anything is written
         reward([messages for _, messages in questions], [""] * len(questions), [True] * len(questions))

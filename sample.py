@@ -7,7 +7,7 @@ VCB and the methods that it is compared with all learn from one such file, drawn
 Deterministic: the noise that picks a token is a function of (seed, prompt, sample, position) alone   `keyed_gumbel`
 and argmax(log p + Gumbel noise) is an exact sample of p. The same batch size gives the identical file on one machine,
 another one the same file up to near-ties of floating point; so do more ranks. A killed run goes on with --resume: rows
-are written a batch at a time, and what a kill left in part is drawn again, the same. With --engine generate_batch
+are written a batch at a time, and what a kill left in part is drawn again, the same. With --rollout generate_batch
 (continuous batching) and vllm the order of the requests decides the noise or the engine draws it: then only the
 seed is kept, and rows are as good but not the same.
 
@@ -15,7 +15,7 @@ seed is kept, and rows are as good but not the same.
 log k - (k - 1) / k. A response cut at --max_response_tokens is scored without EOS, and by the gold reward as malformed.
 
     python sample.py                                                 # CPU: the toy world, runs/sft scored by runs/rm
-    python sample.py llama3.2-3b --engine vllm                       # 1 GPU
+    python sample.py llama3.2-3b --rollout vllm                      # 1 GPU
     torchrun --nproc_per_node 8 sample.py llama3.2-3b                # 8 GPUs, prompts shared out
 """
 

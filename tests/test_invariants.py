@@ -214,8 +214,10 @@ def spy(monkeypatch, module, name, keep):
 
 
 def gathered(lists):
-    """Of all that ranks gather what is computed: responses, rewards, log-probs; not names of folders, nor nothing."""
-    return [x for x in lists if x and not isinstance(x[0], str)]
+    """Of all that ranks gather what is computed: responses (without what goes with them), rewards; not names of folders, nor
+    nothing."""
+    alone = lambda x: x[0] if isinstance(x, (list, tuple)) and isinstance(x[0], list) else x
+    return [[alone(item) for item in x] for x in lists if x and not isinstance(x[0], str)]
 
 
 def toy_rows(rng, lengths):
@@ -462,7 +464,7 @@ def test_two_ranks_do_what_one_does(home, tmp_path, monkeypatch, two_ranks, name
     gathers = script if script in (*ROLLOUT, "vcb", "dpo") else "dvpo"
     sampled = spy(monkeypatch, SCRIPTS[gathers], "gather_lists", lambda lists, *_: lists)
     one, two = (
-        run(home, script, tmp_path / "out", **settings | {"zero_stage": 0, "micro_tokens": 128}),
+        run(home, script, tmp_path / "out", **settings | {"zero_stage": 0, "micro_tokens": 2048}),
         two_ranks / name,
     )
     same_metrics(metrics(one), metrics(two))

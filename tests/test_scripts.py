@@ -320,7 +320,7 @@ def test_a_bad_row_is_named_with_file_row_and_field(told, home, tmp_path, script
         ("a.json", b'[{"prompt": "how"}', "cannot be read"),
         ("a.jsonl", b"\xff\xfe", "UTF-8"),
         ("a.jsonl.gz", b"plain text", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "how"}' * 9)[:-12], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "how"}' * 9, mtime=0)[:-12], "cannot be read"),
         ("a.parquet", b"plain text", "cannot be read"),
         ("a.jsonl", b"", "it is empty"),
     ],
