@@ -1030,7 +1030,8 @@ def micro_batches(batch: list, rank: int, world: int, args, sizes=lambda row: [l
     too few, a row with an empty response fills up: it has no token in any loss."""
     lengths = [sizes(row) for row in batch]
     total, order = sum(map(sum, lengths)), sorted(range(len(batch)), key=lambda i: -sum(lengths[i]))
-    count = max(1, total // (world * args.micro_tokens))
+    most = math.ceil(len(batch) / world)  # then each row stands alone
+    count = min(most, max(1, total // (world * args.micro_tokens)))
     while True:
         bins, costs = [[] for _ in range(count * world)], [0.0] * (count * world)
         for j, i in enumerate(order):  # padded, those of like length go together
@@ -1042,7 +1043,7 @@ def micro_batches(batch: list, rank: int, world: int, args, sizes=lambda row: [l
         areas = [rows * width for _, rows, width in held]
         if all(area <= args.micro_tokens or len(some) == 1 for area, some in zip(areas, bins, strict=True)):
             break
-        count += max(1, count // 16)
+        count = min(most, count + max(1, count // 16))
     areas, bins = zip(*sorted(zip(areas, bins, strict=True), key=lambda of: -of[0]), strict=True)  # like ones at a time
     found = [[batch[i] for i in some] or [(batch[order[-1]][0], [], *batch[order[-1]][2:])] for some in bins]
     waited = sum(max(areas[at : at + world]) for at in range(0, len(areas), world))

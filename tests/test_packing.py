@@ -36,6 +36,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(padding, room):
         for rows in (1, 3, 16, 33):
             batch = [(*row, i) for i, row in enumerate(ragged(rng, rows))]
             ranks = [sft.micro_batches(batch, rank, world, settings(room, padding)) for rank in range(world)]
+            assert len(ranks[0][0]) <= math.ceil(rows / world)
             assert len({len(micros) for micros, _ in ranks}) == 1 and len({useful for _, useful in ranks}) == 1
             micros = [micro for found, _ in ranks for micro in found]
             seen = [i for micro in micros for _, response, i in micro if response]

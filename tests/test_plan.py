@@ -145,6 +145,7 @@ def measure_ranks(out: Path):
     (out / f"{rank}.json").write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_zero_stages_on_two_ranks(tmp_path):
     command = [
         sys.executable,
