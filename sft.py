@@ -539,8 +539,8 @@ def layout(lengths: list[int], packed: bool, room: int = 0):
             places[i] = (row, ends[row])
             ends[row] += lengths[i]
         width = max(ends)
-        cost = rows * width * (1 + width / 16384)  # of a model of a thousand or two dimensions; it need not be exact
-        if cost < best and (rows == 1 or rows * width <= room):
+        cost = rows * width * (1 + width / 24576)  # of a model of a few thousand dimensions; it need not be exact
+        if cost < best and (rows == 1 or rows * width <= room or sum(lengths) > room):
             best, found = cost, (places, rows, width)
     return found
 
@@ -589,7 +589,7 @@ def micro_batches(batch: list, rank: int, world: int, args, sizes=lambda row: [l
             chunk = world * math.ceil(len(batch) / len(bins))
             at = j // chunk * world + j % world if args.padding else costs.index(min(costs))
             bins[at].append(i)
-            costs[at] += sum(n * (1 + n / 16384) for n in lengths[i])
+            costs[at] += sum(n * (1 + n / 24576) for n in lengths[i])
         held = [layout([n for i in some for n in lengths[i]], not args.padding, args.micro_tokens) for some in bins]
         areas = [rows * width for _, rows, width in held]
         if all(area <= args.micro_tokens or len(some) == 1 for area, some in zip(areas, bins, strict=True)):

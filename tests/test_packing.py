@@ -58,6 +58,8 @@ def test_layout_keeps_sequences_apart_and_wastes_little():
         assert len(cells) == sum(lengths) and all(row < rows and column < width for row, column in cells)
         assert rows * width <= len(lengths) * max(lengths)
         assert sum(lengths) / (rows * width) > (0.85 if len(lengths) > 8 else 0.5)
+    places, rows, width = sft.layout([200] * 64, True, 4096)  # more than there is room for: not one row of all
+    assert (rows, width) == (64, 200)
     assert sft.layout([5, 3, 9], False) == ([(0, 0), (1, 0), (2, 0)], 3, 9)
 
 
