@@ -281,13 +281,14 @@ def sequence_logps(policy, rows, pad_token_id: int, args, rank: int, world: int,
 
 # Copied from dvpo.whole_or_parts
 def whole_or_parts(module, args):
-    """Frozen weights: whole on each rank, or in parts under ZeRO-3."""
-    if args.zero_stage < 3:
-        return module
-    import deepspeed
+    """A frozen module, whole on each rank, or in parts under ZeRO-3; stops where it cannot take packed sequences."""
+    if args.zero_stage == 3:
+        import deepspeed
 
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": args.bf16}}
-    return deepspeed.initialize(model=module, config=config | {"steps_per_print": 10**9})[0]
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**9}
+        module = deepspeed.initialize(model=module, config=config | {"bf16": {"enabled": args.bf16}})[0]
+    check_packing(module, args)
+    return module
 
 
 # Copied from vcb.add_reference
@@ -365,9 +366,10 @@ class TextReward:
         self.tokenizer = load_tokenizer(name, args, chat=self.decoder)
         model = load_model("reward", name, self.tokenizer, args, frozen=True)
         self.mean, self.std = (getattr(config, f"reward_{x}", y) for x, y in (("mean", 0.0), ("std", 1.0)))
-        self.model = RewardModel(model, self.decoder).to(device)
-        self.bf16, self.reading = args.bf16, SimpleNamespace(micro_tokens=args.micro_tokens, padding=not self.decoder)
-        self.reading.padding |= args.padding
+        padding = args.padding or not self.decoder  # an encoder's attention sees whole rows
+        self.reading = SimpleNamespace(micro_tokens=args.micro_tokens, padding=padding, bf16=args.bf16,
+                                       zero_stage=getattr(args, "zero_stage", 0))  # fmt: skip
+        self.model = whole_or_parts(RewardModel(model, self.decoder).to(device), self.reading)
         # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
         self.limit = getattr(config, "max_position_embeddings", None) or 10**9
         part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
@@ -401,7 +403,7 @@ class TextReward:
                 stop(f"a response to {str(prompt)[:60]!r} has {len(sequences[-1])} tokens for the reward model {self.name}, which reads {self.limit}: "
                      "lower --max_prompt_tokens or --max_response_tokens")  # fmt: skip
         sequences = gather_lists(sequences, world)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reading.bf16):
             pad = self.tokenizer.pad_token_id
             return score_sequences(self.model, sequences, pad, self.reading, rank, world, self.device)
 
@@ -493,7 +495,7 @@ def train(args: Args) -> Path:
         held_out = [q for q in held_out if select_pairs(q.rewards, "all")]
         if not held_out:
             stop(f"--eval_as_reward_model {args.eval_as_reward_model} ({args.eval_split}): no pair has an order")
-        explicit = explicit_accuracy(held_out, tokenizer, args, device)
+        explicit = explicit_accuracy(held_out, tokenizer, args, rank, world, device)
     torch.manual_seed(args.seed)
     model = load_model("causal", args.policy, tokenizer, args)
     model = add_lora(model, args) if args.lora_r else model
@@ -503,6 +505,7 @@ def train(args: Args) -> Path:
     total = args.steps or args.epochs * per_epoch
     engine = Engine(policy, args, world)
     policy.check(engine)
+    check_packing(engine, args)
     run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "accuracy"))
     add_reference(groups + held_out, engine, run, tokenizer, args, rank, world, device)
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
@@ -564,14 +567,17 @@ def train(args: Args) -> Path:
     return run.finish(**explicit)
 
 
-def explicit_accuracy(held_out, tokenizer, args, device) -> dict:
+def explicit_accuracy(held_out, tokenizer, args, rank: int, world: int, device) -> dict:
     """--reward_model's accuracy on the pairs of --eval_as_reward_model."""
     if not args.reward_model:
         return {}
     reward, end = TextReward(args.reward_model, args, device), control_tokens(tokenizer)[0]
     rows = [(group.prompt, response) for group in held_out for _, response in group.rows]
-    texts = [tokenizer.decode([t for t in response if t != end]) for _, response in rows]
-    scores = iter(reward([prompt for prompt, _ in rows], texts, [response[-1] == end for _, response in rows]))
+    count = math.ceil(len(rows) / world)
+    mine = rows[rank * count : (rank + 1) * count]
+    texts = [tokenizer.decode([t for t in response if t != end]) for _, response in mine]
+    complete = [response[-1] == end for _, response in mine]
+    scores = iter(reward([prompt for prompt, _ in mine], texts, complete, rank, world))
     found = [[next(scores) for _ in group.rows] for group in held_out]
     right, pairs = ranked_right(found, [group.rewards for group in held_out])
     return {"explicit_accuracy": round(right / pairs, 4)}
@@ -1084,7 +1090,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
-        stop(f"{name} has no chat template: train it with `sft.py --model {name} --chat_template plain` (or a file)")
+        command = f"python sft.py --model {name} --chat_template plain"
+        stop(f"{name} has no chat template: train it with `{command}` (or a file)")
     if chat and tokenizer.eos_token_id is None:
         stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -1189,6 +1196,15 @@ def plain(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+# Copied from sft.check_packing
+def check_packing(module, args):
+    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    model = plain(getattr(module, "module", module).model)
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
+        if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
+            stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
+
+
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
     """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
@@ -1210,7 +1226,6 @@ class Policy(torch.nn.Module):
 
     def check(self, engine):
         """Stops where a family makes its logits in a way that is not known here."""
-        engine.check()
         with engine.autocast():
             gap = logit_gap(plain(self.model))
         if not gap < (0.1 if engine.args.bf16 else 1e-3):
@@ -1261,13 +1276,6 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def check(self):
-        """Stops where a family does not keep sequences that share a row apart."""
-        model = plain(self.module.model)
-        with self.autocast():
-            if not self.args.padding and not packing_gap(model) < (0.1 if self.args.bf16 else 1e-3):
-                stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
-
     def backward(self, loss, last: bool = True):
         """Of each micro-batch; `last` tells that the step's gradients are complete."""
         if not self.deepspeed:
@@ -1306,7 +1314,7 @@ class Run:
     def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
-        self.settings, self.pending, self.state = getattr(args, "settings", ""), [], {}
+        self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         if rank == 0:
             if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):

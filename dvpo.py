@@ -8,6 +8,7 @@ critic, no reward.
     A_t = Q~_t = (Q_t - mu) / (sigma + eps)        mu, sigma over all response tokens of the rollout    `advantages`
     L = -sum_t m_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / sum_t m_t      eq. 3             `dvpo_loss`
     rho_t = pi(y_t) / pi_old(y_t), of logits / temperature
+    A_t is weighted by min(pi_old / pi_engine, cap) under --tis_cap                                     `truncated_weights`
 
 `--advantage q` is the paper's. A frozen Q also gives a baseline for free, since appending a token is deterministic:
 V(s_t) = Q_{t-1} (/ discount), V(s_1) read at the last prompt token, and the *terminal value Q_T is kept*:
@@ -301,6 +302,12 @@ def render(tokenizer, group: list[Answer], tau_tokens: int) -> list[tuple[list[i
     return turns
 
 
+# Copied from gvm.conversation_size
+def conversation_size(row) -> list[int]:
+    """What micro_batches deals by: the tokens of a (_, _, turns, _) row."""
+    return [sum(len(prompt) + len(response) for prompt, response in row[2])]
+
+
 # Copied from gvm.ValueBatch
 class ValueBatch(NamedTuple):
     """Conversations in rows of input_ids, and where the values of R responses are read."""
@@ -359,15 +366,13 @@ class KeyedNoise:
     number of ranks; a row whose key is None is decoded greedily. The log-probs of drawn tokens are kept."""
 
     def __init__(self, keys: list, temperature: float, device, top_p: float = 1.0):
-        from transformers import TopPLogitsWarper
-
-        self.keys, self.temperature, self.logp = (
-            torch.tensor([key or 0 for key in keys], device=device),
-            temperature,
-            [],
-        )
+        self.temperature, self.top_p, self.logp = temperature, None, []
+        self.keys = torch.tensor([key or 0 for key in keys], device=device)
         self.greedy = torch.tensor([key is None for key in keys], device=device)[:, None]
-        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+        if top_p < 1:
+            from transformers import TopPLogitsWarper
+
+            self.top_p = TopPLogitsWarper(top_p)
 
     def __call__(self, input_ids, scores):
         scores = scores.float() / self.temperature
@@ -430,9 +435,9 @@ class Rollouts:
     vllm: in this process and on this rank's GPU; before a rollout it is given a policy in training, afterwards it sleeps.
     The first two draw the same from the same keys on any number of ranks."""
 
-    def __init__(self, engine, tokenizer, args, device, top_p: float = 1.0, rank: int = 0):
+    def __init__(self, engine, ends, tokenizer, args, device, top_p: float = 1.0, rank: int = 0):
         self.engine, self.tokenizer, self.args, self.device, self.top_p = engine, tokenizer, args, device, top_p
-        self.ends, self.training = end_tokens(args.policy, tokenizer), getattr(engine, "optimizer", None) is not None
+        self.ends, self.training = sorted(ends), getattr(engine, "optimizer", None) is not None
         if args.rollout != "vllm":
             return
         try:
@@ -462,13 +467,15 @@ class Rollouts:
     def generate_batch(self, prompts, keys):
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        greedy = [i for i, key in enumerate(keys) if key is None]
-        if 0 < len(greedy) < len(keys):  # one setting for all requests
-            found = [(), ()]
+        greedy = [key is None for key in keys]
+        if any(greedy) and not all(greedy):  # one setting for all requests: two calls
+            parts = {}
             for kind in (True, False):
-                some = [i for i, key in enumerate(keys) if (key is None) == kind]
-                found[kind] = iter(self.generate_batch([prompts[i] for i in some], [keys[i] for i in some]))
-            return [next(found[key is None]) for key in keys]
+                some = [i for i, x in enumerate(greedy) if x == kind]
+                parts |= zip(
+                    some, self.generate_batch([prompts[i] for i in some], [keys[i] for i in some]), strict=True
+                )
+            return [parts[i] for i in range(len(keys))]
         args, config = self.args, plain(self.engine.module.model).config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -476,7 +483,7 @@ class Rollouts:
         pages = math.ceil((args.max_prompt_tokens + args.max_response_tokens) / 256)  # of one response
         blocks = max(pages, min(pages * len(prompts), int(args.cache_gb * 1e9 / page))) + 1
         settings = GenerationConfig(
-            do_sample=not greedy, temperature=args.temperature, top_p=self.top_p, top_k=0, eos_token_id=self.ends,
+            do_sample=not any(greedy), temperature=args.temperature, top_p=self.top_p, top_k=0, eos_token_id=self.ends,
             pad_token_id=self.tokenizer.pad_token_id, max_new_tokens=args.max_response_tokens,
         )  # fmt: skip
         batching = ContinuousBatchingConfig(seed=key_of(keys) % 2**31, num_blocks=blocks, max_batch_tokens=4096,
@@ -516,34 +523,17 @@ class Rollouts:
 
 # Copied from sample.merged_weights
 def merged_weights(model):
-    """(name, tensor) of a causal LM's weights under their Hugging Face names; adapters are added to copies."""
+    """(name, tensor) of a causal LM's weights under their Hugging Face names; active adapters are added to copies. The head of
+    values that a shared backbone carries is none of them."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or name.endswith((".score.weight", ".score.bias")):
             continue
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
             for adapter in layer.active_adapters:
                 parameter = parameter.detach() + layer.get_delta_weight(adapter).to(parameter.dtype)
         yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter.detach()
-
-
-# Copied from sample.end_tokens
-def end_tokens(name: str, tokenizer) -> list[int]:
-    """The ids that end a response, as `Policy.ends`, without loading the weights."""
-    from transformers import GenerationConfig
-
-    try:
-        ends = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:
-        ends = None
-    return sorted(
-        {
-            tokenizer.eos_token_id,
-            control_tokens(tokenizer)[0],
-            *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
-        }
-    )
 
 
 # Copied from sample.cut_at
@@ -560,12 +550,12 @@ def now(device) -> float:
     return time.time()
 
 
-def over_ranks(rows, widths, found_of, rank: int, world: int, args, device) -> list:
+def over_ranks(rows, widths, found_of, rank: int, world: int, args, device, *sizes) -> list:
     """What `found_of` (a micro-batch, with each row's index behind it) gives: tensors of len(rows) rows of `widths`,
-    computed without gradients, shared out over the ranks; all get all."""
+    computed without gradients, shared out over the ranks by `sizes` as micro_batches has it; all get all."""
     out = [torch.zeros(len(rows), width, device=device) for width in widths]
     with torch.no_grad():
-        for micro in micro_batches([(*row, i) for i, row in enumerate(rows)], rank, world, args)[0]:
+        for micro in micro_batches([(*row, i) for i, row in enumerate(rows)], rank, world, args, *sizes)[0]:
             index = torch.tensor([i for *_, i in micro], device=device)
             for x, part in zip(out, found_of(micro), strict=True):
                 x[:, : part.shape[1]].index_add_(0, index, part)  # a row that only fills up adds 0
@@ -607,7 +597,7 @@ def score_rollout(engine, frozen, rows, tokenizer, args, rank: int, world: int, 
         return engine(batch, args.temperature), frozen.ref_logp(batch, args.temperature), frozen.values(valued) * real
 
     width = max(len(response) for _, response, _ in rows)
-    return over_ranks(rows, (width, width, width + 1), scored, rank, world, args, device)
+    return over_ranks(rows, (width, width, width + 1), scored, rank, world, args, device, conversation_size)
 
 
 class Frozen:
@@ -647,13 +637,14 @@ class Frozen:
 
 
 def whole_or_parts(module, args):
-    """Frozen weights: whole on each rank, or in parts under ZeRO-3."""
-    if args.zero_stage < 3:
-        return module
-    import deepspeed
+    """A frozen module, whole on each rank, or in parts under ZeRO-3; stops where it cannot take packed sequences."""
+    if args.zero_stage == 3:
+        import deepspeed
 
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": args.bf16}}
-    return deepspeed.initialize(model=module, config=config | {"steps_per_print": 10**9})[0]
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**9}
+        module = deepspeed.initialize(model=module, config=config | {"bf16": {"enabled": args.bf16}})[0]
+    check_packing(module, args)
+    return module
 
 
 def load_shared(args, tokenizer):
@@ -729,12 +720,13 @@ def train(args: Args) -> Path:
 
     engine = Engine(policy, args, world)
     policy.check(engine)
+    check_packing(engine, args)
     goal = "gold" if args.data == "toy" else "value"
     run = Run(args, engine, model, tokenizer, rank, args.steps, started, bar=(goal, "kl"))
     run.state = {"kl_coef": args.kl_coef}
     run.restore()
     policy.train()
-    rollouts = Rollouts(engine, tokenizer, args, device, rank=rank)
+    rollouts = Rollouts(engine, policy.ends, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     per_epoch = len(questions) // args.rollout_batch_size
@@ -1340,7 +1332,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
-        stop(f"{name} has no chat template: train it with `sft.py --model {name} --chat_template plain` (or a file)")
+        command = f"python sft.py --model {name} --chat_template plain"
+        stop(f"{name} has no chat template: train it with `{command}` (or a file)")
     if chat and tokenizer.eos_token_id is None:
         stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -1445,6 +1438,15 @@ def plain(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+# Copied from sft.check_packing
+def check_packing(module, args):
+    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    model = plain(getattr(module, "module", module).model)
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
+        if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
+            stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
+
+
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
     """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
@@ -1466,7 +1468,6 @@ class Policy(torch.nn.Module):
 
     def check(self, engine):
         """Stops where a family makes its logits in a way that is not known here."""
-        engine.check()
         with engine.autocast():
             gap = logit_gap(plain(self.model))
         if not gap < (0.1 if engine.args.bf16 else 1e-3):
@@ -1517,13 +1518,6 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def check(self):
-        """Stops where a family does not keep sequences that share a row apart."""
-        model = plain(self.module.model)
-        with self.autocast():
-            if not self.args.padding and not packing_gap(model) < (0.1 if self.args.bf16 else 1e-3):
-                stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
-
     def backward(self, loss, last: bool = True):
         """Of each micro-batch; `last` tells that the step's gradients are complete."""
         if not self.deepspeed:
@@ -1562,7 +1556,7 @@ class Run:
     def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
-        self.settings, self.pending, self.state = getattr(args, "settings", ""), [], {}
+        self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         if rank == 0:
             if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):

@@ -411,7 +411,7 @@ def train(args: Args) -> Path:
             plan += [(epoch, at) for at in range(0, count, args.batch_size)]
     plan = plan[: args.steps or None]
     engine = Engine(value_model, args, world)
-    engine.check()
+    check_packing(engine, args)
     run = Run(args, engine, model, tokenizer, rank, len(plan), started)
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
@@ -946,7 +946,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
-        stop(f"{name} has no chat template: train it with `sft.py --model {name} --chat_template plain` (or a file)")
+        command = f"python sft.py --model {name} --chat_template plain"
+        stop(f"{name} has no chat template: train it with `{command}` (or a file)")
     if chat and tokenizer.eos_token_id is None:
         stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -1051,6 +1052,15 @@ def plain(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+# Copied from sft.check_packing
+def check_packing(module, args):
+    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    model = plain(getattr(module, "module", module).model)
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
+        if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
+            stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
+
+
 # -------------------------------------------------------------------------------------------------- engine, run folder
 
 
@@ -1094,13 +1104,6 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def check(self):
-        """Stops where a family does not keep sequences that share a row apart."""
-        model = plain(self.module.model)
-        with self.autocast():
-            if not self.args.padding and not packing_gap(model) < (0.1 if self.args.bf16 else 1e-3):
-                stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
-
     def backward(self, loss, last: bool = True):
         """Of each micro-batch; `last` tells that the step's gradients are complete."""
         if not self.deepspeed:
@@ -1139,7 +1142,7 @@ class Run:
     def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
-        self.settings, self.pending, self.state = getattr(args, "settings", ""), [], {}
+        self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         if rank == 0:
             if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):

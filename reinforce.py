@@ -9,6 +9,7 @@ model. With r(x, y) standardised and kl_t = log pi_old(y_t) - log pi_ref(y_t), t
     grpo         A_t = (r_i - mean of the n) / (std of the n + 1e-4), the KL is not in it
     reinforce++  A_t = normalize(r(x, y) - beta sum_{k>=t} kl_k), over all response tokens of the rollout
     L = -sum_t m_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / sum_t m_t                          `dvpo_loss`
+    A_t is weighted by min(pi_old / pi_engine, cap) under --tis_cap                                     `truncated_weights`
     L_KL = beta sum_t m_t (e^-d - 1 + d) / sum_t m_t,   d = log pi(y_t) - log pi_ref(y_t),   grpo alone     `k3_loss`
 
 Where the KL goes: into the reward, as a return-to-go (remax, reinforce++) or whole (rloo), or into the loss (grpo; k3).
@@ -260,9 +261,10 @@ class TextReward:
         self.tokenizer = load_tokenizer(name, args, chat=self.decoder)
         model = load_model("reward", name, self.tokenizer, args, frozen=True)
         self.mean, self.std = (getattr(config, f"reward_{x}", y) for x, y in (("mean", 0.0), ("std", 1.0)))
-        self.model = RewardModel(model, self.decoder).to(device)
-        self.bf16, self.reading = args.bf16, SimpleNamespace(micro_tokens=args.micro_tokens, padding=not self.decoder)
-        self.reading.padding |= args.padding
+        padding = args.padding or not self.decoder  # an encoder's attention sees whole rows
+        self.reading = SimpleNamespace(micro_tokens=args.micro_tokens, padding=padding, bf16=args.bf16,
+                                       zero_stage=getattr(args, "zero_stage", 0))  # fmt: skip
+        self.model = whole_or_parts(RewardModel(model, self.decoder).to(device), self.reading)
         # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
         self.limit = getattr(config, "max_position_embeddings", None) or 10**9
         part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
@@ -296,7 +298,7 @@ class TextReward:
                 stop(f"a response to {str(prompt)[:60]!r} has {len(sequences[-1])} tokens for the reward model {self.name}, which reads {self.limit}: "
                      "lower --max_prompt_tokens or --max_response_tokens")  # fmt: skip
         sequences = gather_lists(sequences, world)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reading.bf16):
             pad = self.tokenizer.pad_token_id
             return score_sequences(self.model, sequences, pad, self.reading, rank, world, self.device)
 
@@ -381,15 +383,13 @@ class KeyedNoise:
     number of ranks; a row whose key is None is decoded greedily. The log-probs of drawn tokens are kept."""
 
     def __init__(self, keys: list, temperature: float, device, top_p: float = 1.0):
-        from transformers import TopPLogitsWarper
-
-        self.keys, self.temperature, self.logp = (
-            torch.tensor([key or 0 for key in keys], device=device),
-            temperature,
-            [],
-        )
+        self.temperature, self.top_p, self.logp = temperature, None, []
+        self.keys = torch.tensor([key or 0 for key in keys], device=device)
         self.greedy = torch.tensor([key is None for key in keys], device=device)[:, None]
-        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+        if top_p < 1:
+            from transformers import TopPLogitsWarper
+
+            self.top_p = TopPLogitsWarper(top_p)
 
     def __call__(self, input_ids, scores):
         scores = scores.float() / self.temperature
@@ -454,9 +454,9 @@ class Rollouts:
     vllm: in this process and on this rank's GPU; before a rollout it is given a policy in training, afterwards it sleeps.
     The first two draw the same from the same keys on any number of ranks."""
 
-    def __init__(self, engine, tokenizer, args, device, top_p: float = 1.0, rank: int = 0):
+    def __init__(self, engine, ends, tokenizer, args, device, top_p: float = 1.0, rank: int = 0):
         self.engine, self.tokenizer, self.args, self.device, self.top_p = engine, tokenizer, args, device, top_p
-        self.ends, self.training = end_tokens(args.policy, tokenizer), getattr(engine, "optimizer", None) is not None
+        self.ends, self.training = sorted(ends), getattr(engine, "optimizer", None) is not None
         if args.rollout != "vllm":
             return
         try:
@@ -486,13 +486,15 @@ class Rollouts:
     def generate_batch(self, prompts, keys):
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        greedy = [i for i, key in enumerate(keys) if key is None]
-        if 0 < len(greedy) < len(keys):  # one setting for all requests
-            found = [(), ()]
+        greedy = [key is None for key in keys]
+        if any(greedy) and not all(greedy):  # one setting for all requests: two calls
+            parts = {}
             for kind in (True, False):
-                some = [i for i, key in enumerate(keys) if (key is None) == kind]
-                found[kind] = iter(self.generate_batch([prompts[i] for i in some], [keys[i] for i in some]))
-            return [next(found[key is None]) for key in keys]
+                some = [i for i, x in enumerate(greedy) if x == kind]
+                parts |= zip(
+                    some, self.generate_batch([prompts[i] for i in some], [keys[i] for i in some]), strict=True
+                )
+            return [parts[i] for i in range(len(keys))]
         args, config = self.args, plain(self.engine.module.model).config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -500,7 +502,7 @@ class Rollouts:
         pages = math.ceil((args.max_prompt_tokens + args.max_response_tokens) / 256)  # of one response
         blocks = max(pages, min(pages * len(prompts), int(args.cache_gb * 1e9 / page))) + 1
         settings = GenerationConfig(
-            do_sample=not greedy, temperature=args.temperature, top_p=self.top_p, top_k=0, eos_token_id=self.ends,
+            do_sample=not any(greedy), temperature=args.temperature, top_p=self.top_p, top_k=0, eos_token_id=self.ends,
             pad_token_id=self.tokenizer.pad_token_id, max_new_tokens=args.max_response_tokens,
         )  # fmt: skip
         batching = ContinuousBatchingConfig(seed=key_of(keys) % 2**31, num_blocks=blocks, max_batch_tokens=4096,
@@ -540,34 +542,17 @@ class Rollouts:
 
 # Copied from sample.merged_weights
 def merged_weights(model):
-    """(name, tensor) of a causal LM's weights under their Hugging Face names; adapters are added to copies."""
+    """(name, tensor) of a causal LM's weights under their Hugging Face names; active adapters are added to copies. The head of
+    values that a shared backbone carries is none of them."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or name.endswith((".score.weight", ".score.bias")):
             continue
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
             for adapter in layer.active_adapters:
                 parameter = parameter.detach() + layer.get_delta_weight(adapter).to(parameter.dtype)
         yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter.detach()
-
-
-# Copied from sample.end_tokens
-def end_tokens(name: str, tokenizer) -> list[int]:
-    """The ids that end a response, as `Policy.ends`, without loading the weights."""
-    from transformers import GenerationConfig
-
-    try:
-        ends = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:
-        ends = None
-    return sorted(
-        {
-            tokenizer.eos_token_id,
-            control_tokens(tokenizer)[0],
-            *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
-        }
-    )
 
 
 # Copied from sample.cut_at
@@ -586,12 +571,12 @@ def now(device) -> float:
 
 
 # Copied from dvpo.over_ranks
-def over_ranks(rows, widths, found_of, rank: int, world: int, args, device) -> list:
+def over_ranks(rows, widths, found_of, rank: int, world: int, args, device, *sizes) -> list:
     """What `found_of` (a micro-batch, with each row's index behind it) gives: tensors of len(rows) rows of `widths`,
-    computed without gradients, shared out over the ranks; all get all."""
+    computed without gradients, shared out over the ranks by `sizes` as micro_batches has it; all get all."""
     out = [torch.zeros(len(rows), width, device=device) for width in widths]
     with torch.no_grad():
-        for micro in micro_batches([(*row, i) for i, row in enumerate(rows)], rank, world, args)[0]:
+        for micro in micro_batches([(*row, i) for i, row in enumerate(rows)], rank, world, args, *sizes)[0]:
             index = torch.tensor([i for *_, i in micro], device=device)
             for x, part in zip(out, found_of(micro), strict=True):
                 x[:, : part.shape[1]].index_add_(0, index, part)  # a row that only fills up adds 0
@@ -613,13 +598,14 @@ def updates_once(args) -> bool:
 
 # Copied from dvpo.whole_or_parts
 def whole_or_parts(module, args):
-    """Frozen weights: whole on each rank, or in parts under ZeRO-3."""
-    if args.zero_stage < 3:
-        return module
-    import deepspeed
+    """A frozen module, whole on each rank, or in parts under ZeRO-3; stops where it cannot take packed sequences."""
+    if args.zero_stage == 3:
+        import deepspeed
 
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": args.bf16}}
-    return deepspeed.initialize(model=module, config=config | {"steps_per_print": 10**9})[0]
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**9}
+        module = deepspeed.initialize(model=module, config=config | {"bf16": {"enabled": args.bf16}})[0]
+    check_packing(module, args)
+    return module
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -639,8 +625,6 @@ def train(args: Args) -> Path:
     missing(args.policy, "python sft.py")
     tokenizer = load_tokenizer(args.policy, args)
     reward = TextReward(args.reward_model, args, device)
-    if args.reward_model != "gold":
-        reward.model = whole_or_parts(reward.model, args)
     question = lambda row: [(encode(tokenizer, row, None, args)[0], as_messages(row["prompt"]))]
     questions = load_data(args, "prompts", question)
     per_rollout = args.rollout_batch_size // n  # prompts
@@ -659,12 +643,13 @@ def train(args: Args) -> Path:
     reference = whole_or_parts(Policy(reference).to(device), args)
     engine = Engine(policy, args, world)
     policy.check(engine)
+    check_packing(engine, args)
     goal = "gold" if args.data == "toy" else "reward"
     run = Run(args, engine, model, tokenizer, rank, args.steps, started, bar=(goal, "kl"))
     run.state = {"kl_coef": args.kl_coef}
     run.restore()
     policy.train()
-    rollouts = Rollouts(engine, tokenizer, args, device, rank=rank)
+    rollouts = Rollouts(engine, policy.ends, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     per_epoch = len(questions) // per_rollout
@@ -1279,7 +1264,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
-        stop(f"{name} has no chat template: train it with `sft.py --model {name} --chat_template plain` (or a file)")
+        command = f"python sft.py --model {name} --chat_template plain"
+        stop(f"{name} has no chat template: train it with `{command}` (or a file)")
     if chat and tokenizer.eos_token_id is None:
         stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -1384,6 +1370,15 @@ def plain(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+# Copied from sft.check_packing
+def check_packing(module, args):
+    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    model = plain(getattr(module, "module", module).model)
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
+        if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
+            stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
+
+
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
     """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
@@ -1405,7 +1400,6 @@ class Policy(torch.nn.Module):
 
     def check(self, engine):
         """Stops where a family makes its logits in a way that is not known here."""
-        engine.check()
         with engine.autocast():
             gap = logit_gap(plain(self.model))
         if not gap < (0.1 if engine.args.bf16 else 1e-3):
@@ -1456,13 +1450,6 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def check(self):
-        """Stops where a family does not keep sequences that share a row apart."""
-        model = plain(self.module.model)
-        with self.autocast():
-            if not self.args.padding and not packing_gap(model) < (0.1 if self.args.bf16 else 1e-3):
-                stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
-
     def backward(self, loss, last: bool = True):
         """Of each micro-batch; `last` tells that the step's gradients are complete."""
         if not self.deepspeed:
@@ -1501,7 +1488,7 @@ class Run:
     def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
-        self.settings, self.pending, self.state = getattr(args, "settings", ""), [], {}
+        self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         if rank == 0:
             if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):

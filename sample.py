@@ -47,7 +47,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from kernels import head_name, hidden_states, keyed_gumbel, logit_gap, model_class, patch_head, read_head
+from kernels import head_name, hidden_states, keyed_gumbel, logit_gap, model_class, packing_gap, patch_head, read_head
 
 
 @dataclass
@@ -128,15 +128,13 @@ class KeyedNoise:
     number of ranks; a row whose key is None is decoded greedily. The log-probs of drawn tokens are kept."""
 
     def __init__(self, keys: list, temperature: float, device, top_p: float = 1.0):
-        from transformers import TopPLogitsWarper
-
-        self.keys, self.temperature, self.logp = (
-            torch.tensor([key or 0 for key in keys], device=device),
-            temperature,
-            [],
-        )
+        self.temperature, self.top_p, self.logp = temperature, None, []
+        self.keys = torch.tensor([key or 0 for key in keys], device=device)
         self.greedy = torch.tensor([key is None for key in keys], device=device)[:, None]
-        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+        if top_p < 1:
+            from transformers import TopPLogitsWarper
+
+            self.top_p = TopPLogitsWarper(top_p)
 
     def __call__(self, input_ids, scores):
         scores = scores.float() / self.temperature
@@ -201,6 +199,7 @@ class Writer:
     def __init__(self, tokenizer, args, device):
         self.module = Policy(load_model("causal", args.policy, tokenizer, args, frozen=True)).to(device)
         self.args, self.deepspeed, self.optimizer, self.device = args, None, None, device
+        self.module.check(self)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
@@ -214,9 +213,9 @@ class Rollouts:
     vllm: in this process and on this rank's GPU; before a rollout it is given a policy in training, afterwards it sleeps.
     The first two draw the same from the same keys on any number of ranks."""
 
-    def __init__(self, engine, tokenizer, args, device, top_p: float = 1.0, rank: int = 0):
+    def __init__(self, engine, ends, tokenizer, args, device, top_p: float = 1.0, rank: int = 0):
         self.engine, self.tokenizer, self.args, self.device, self.top_p = engine, tokenizer, args, device, top_p
-        self.ends, self.training = end_tokens(args.policy, tokenizer), getattr(engine, "optimizer", None) is not None
+        self.ends, self.training = sorted(ends), getattr(engine, "optimizer", None) is not None
         if args.rollout != "vllm":
             return
         try:
@@ -246,13 +245,15 @@ class Rollouts:
     def generate_batch(self, prompts, keys):
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        greedy = [i for i, key in enumerate(keys) if key is None]
-        if 0 < len(greedy) < len(keys):  # one setting for all requests
-            found = [(), ()]
+        greedy = [key is None for key in keys]
+        if any(greedy) and not all(greedy):  # one setting for all requests: two calls
+            parts = {}
             for kind in (True, False):
-                some = [i for i, key in enumerate(keys) if (key is None) == kind]
-                found[kind] = iter(self.generate_batch([prompts[i] for i in some], [keys[i] for i in some]))
-            return [next(found[key is None]) for key in keys]
+                some = [i for i, x in enumerate(greedy) if x == kind]
+                parts |= zip(
+                    some, self.generate_batch([prompts[i] for i in some], [keys[i] for i in some]), strict=True
+                )
+            return [parts[i] for i in range(len(keys))]
         args, config = self.args, plain(self.engine.module.model).config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -260,7 +261,7 @@ class Rollouts:
         pages = math.ceil((args.max_prompt_tokens + args.max_response_tokens) / 256)  # of one response
         blocks = max(pages, min(pages * len(prompts), int(args.cache_gb * 1e9 / page))) + 1
         settings = GenerationConfig(
-            do_sample=not greedy, temperature=args.temperature, top_p=self.top_p, top_k=0, eos_token_id=self.ends,
+            do_sample=not any(greedy), temperature=args.temperature, top_p=self.top_p, top_k=0, eos_token_id=self.ends,
             pad_token_id=self.tokenizer.pad_token_id, max_new_tokens=args.max_response_tokens,
         )  # fmt: skip
         batching = ContinuousBatchingConfig(seed=key_of(keys) % 2**31, num_blocks=blocks, max_batch_tokens=4096,
@@ -299,10 +300,11 @@ class Rollouts:
 
 
 def merged_weights(model):
-    """(name, tensor) of a causal LM's weights under their Hugging Face names; adapters are added to copies."""
+    """(name, tensor) of a causal LM's weights under their Hugging Face names; active adapters are added to copies. The head of
+    values that a shared backbone carries is none of them."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or name.endswith((".score.weight", ".score.bias")):
             continue
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
@@ -335,6 +337,18 @@ def cut_at(tokens: list[int], logps: list[float], ends):
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
+
+
+# Copied from dvpo.whole_or_parts
+def whole_or_parts(module, args):
+    """A frozen module, whole on each rank, or in parts under ZeRO-3; stops where it cannot take packed sequences."""
+    if args.zero_stage == 3:
+        import deepspeed
+
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**9}
+        module = deepspeed.initialize(model=module, config=config | {"bf16": {"enabled": args.bf16}})[0]
+    check_packing(module, args)
+    return module
 
 
 # Copied from rm.RewardModel
@@ -416,9 +430,10 @@ class TextReward:
         self.tokenizer = load_tokenizer(name, args, chat=self.decoder)
         model = load_model("reward", name, self.tokenizer, args, frozen=True)
         self.mean, self.std = (getattr(config, f"reward_{x}", y) for x, y in (("mean", 0.0), ("std", 1.0)))
-        self.model = RewardModel(model, self.decoder).to(device)
-        self.bf16, self.reading = args.bf16, SimpleNamespace(micro_tokens=args.micro_tokens, padding=not self.decoder)
-        self.reading.padding |= args.padding
+        padding = args.padding or not self.decoder  # an encoder's attention sees whole rows
+        self.reading = SimpleNamespace(micro_tokens=args.micro_tokens, padding=padding, bf16=args.bf16,
+                                       zero_stage=getattr(args, "zero_stage", 0))  # fmt: skip
+        self.model = whole_or_parts(RewardModel(model, self.decoder).to(device), self.reading)
         # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
         self.limit = getattr(config, "max_position_embeddings", None) or 10**9
         part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
@@ -452,7 +467,7 @@ class TextReward:
                 stop(f"a response to {str(prompt)[:60]!r} has {len(sequences[-1])} tokens for the reward model {self.name}, which reads {self.limit}: "
                      "lower --max_prompt_tokens or --max_response_tokens")  # fmt: skip
         sequences = gather_lists(sequences, world)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reading.bf16):
             pad = self.tokenizer.pad_token_id
             return score_sequences(self.model, sequences, pad, self.reading, rank, world, self.device)
 
@@ -529,6 +544,9 @@ def train(args: Args) -> Path:
         stop(f"{args.data} ({args.split}) has no prompt to answer")
     if args.reward_model == "gold":  # prompts of other worlds are told before anything is written
         reward([prompt for prompt, *_ in questions], [""] * len(questions), [True] * len(questions))
+    writer = Writer(tokenizer, args, device) if args.rollout != "vllm" else None
+    ends = writer.module.ends if writer else end_tokens(args.policy, tokenizer)
+    write = Rollouts(writer, ends, tokenizer, args, device, args.top_p, rank)
     per_prompt = args.n * args.best_of
     size = max(1, args.batch_size // per_prompt)
     batches = [list(range(at, min(at + size, len(questions)))) for at in range(0, len(questions), size)]
@@ -544,8 +562,6 @@ def train(args: Args) -> Path:
                 path.unlink()
     gather_lists([], world)
     part = folder / "parts" / f"rank_{rank}.jsonl"
-    writer = Writer(tokenizer, args, device) if args.rollout != "vllm" else None
-    write = Rollouts(writer, tokenizer, args, device, args.top_p, rank)
     mine = [batch for batch in batches[rank::world] if batch[0] not in rows]
     bar = tqdm(total=len(questions), initial=len(rows), desc="sample", disable=rank > 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stderr.isatty() else 30)  # fmt: skip
@@ -1074,7 +1090,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
-        stop(f"{name} has no chat template: train it with `sft.py --model {name} --chat_template plain` (or a file)")
+        command = f"python sft.py --model {name} --chat_template plain"
+        stop(f"{name} has no chat template: train it with `{command}` (or a file)")
     if chat and tokenizer.eos_token_id is None:
         stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -1151,6 +1168,15 @@ def plain(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+# Copied from sft.check_packing
+def check_packing(module, args):
+    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    model = plain(getattr(module, "module", module).model)
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
+        if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
+            stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
+
+
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
     """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
@@ -1172,7 +1198,6 @@ class Policy(torch.nn.Module):
 
     def check(self, engine):
         """Stops where a family makes its logits in a way that is not known here."""
-        engine.check()
         with engine.autocast():
             gap = logit_gap(plain(self.model))
         if not gap < (0.1 if engine.args.bf16 else 1e-3):

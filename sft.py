@@ -134,6 +134,7 @@ def train(args: Args) -> Path:
     total = args.steps or args.epochs * per_epoch
     engine = Engine(policy, args, world)
     policy.check(engine)
+    check_packing(engine, args)
     run = Run(args, engine, model, tokenizer, rank, total, started)
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
@@ -150,8 +151,8 @@ def train(args: Args) -> Path:
             loss = engine(collate(micro, tokenizer.pad_token_id, device, args), token_weight=1 / tokens)
             engine.backward(loss, last=micro is micros[-1])
             loss_sum += loss.detach()
-        grad_norm, sums = engine.step(), {"loss": all_sum(loss_sum), "tokens": tokens, "useful_tokens": useful}
-        run.log({**sums, "learning_rate": engine.rate, "grad_norm": grad_norm})
+        rates = {"learning_rate": engine.rate, "grad_norm": engine.step()}
+        run.log({"loss": all_sum(loss_sum), **rates, "tokens": tokens, "useful_tokens": useful})
     return run.finish()
 
 
@@ -632,7 +633,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
-        stop(f"{name} has no chat template: train it with `sft.py --model {name} --chat_template plain` (or a file)")
+        command = f"python sft.py --model {name} --chat_template plain"
+        stop(f"{name} has no chat template: train it with `{command}` (or a file)")
     if chat and tokenizer.eos_token_id is None:
         stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -731,6 +733,14 @@ def plain(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def check_packing(module, args):
+    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    model = plain(getattr(module, "module", module).model)
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
+        if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
+            stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
+
+
 class Policy(torch.nn.Module):
     """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
     of a token it returns -Σ weight · logp instead, a scalar. Only response positions go through the LM head."""
@@ -751,7 +761,6 @@ class Policy(torch.nn.Module):
 
     def check(self, engine):
         """Stops where a family makes its logits in a way that is not known here."""
-        engine.check()
         with engine.autocast():
             gap = logit_gap(plain(self.model))
         if not gap < (0.1 if engine.args.bf16 else 1e-3):
@@ -801,13 +810,6 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def check(self):
-        """Stops where a family does not keep sequences that share a row apart."""
-        model = plain(self.module.model)
-        with self.autocast():
-            if not self.args.padding and not packing_gap(model) < (0.1 if self.args.bf16 else 1e-3):
-                stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
-
     def backward(self, loss, last: bool = True):
         """Of each micro-batch; `last` tells that the step's gradients are complete."""
         if not self.deepspeed:
@@ -845,7 +847,7 @@ class Run:
     def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
-        self.settings, self.pending, self.state = getattr(args, "settings", ""), [], {}
+        self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         if rank == 0:
             if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):

@@ -232,13 +232,14 @@ def sequence_logps(policy, rows, pad_token_id: int, args, rank: int, world: int,
 
 # Copied from dvpo.whole_or_parts
 def whole_or_parts(module, args):
-    """Frozen weights: whole on each rank, or in parts under ZeRO-3."""
-    if args.zero_stage < 3:
-        return module
-    import deepspeed
+    """A frozen module, whole on each rank, or in parts under ZeRO-3; stops where it cannot take packed sequences."""
+    if args.zero_stage == 3:
+        import deepspeed
 
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": args.bf16}}
-    return deepspeed.initialize(model=module, config=config | {"steps_per_print": 10**9})[0]
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**9}
+        module = deepspeed.initialize(model=module, config=config | {"bf16": {"enabled": args.bf16}})[0]
+    check_packing(module, args)
+    return module
 
 
 def add_reference(groups, engine, run, tokenizer, args, rank: int, world: int, device):
@@ -312,6 +313,7 @@ def train(args: Args) -> Path:
     total = args.steps or args.epochs * per_epoch
     engine = Engine(policy, args, world)
     policy.check(engine)
+    check_packing(engine, args)
     run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "misaligned"))
     add_reference(groups, engine, run, tokenizer, args, rank, world, device)
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
@@ -865,7 +867,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
-        stop(f"{name} has no chat template: train it with `sft.py --model {name} --chat_template plain` (or a file)")
+        command = f"python sft.py --model {name} --chat_template plain"
+        stop(f"{name} has no chat template: train it with `{command}` (or a file)")
     if chat and tokenizer.eos_token_id is None:
         stop(f"the tokenizer of {name} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -970,6 +973,15 @@ def plain(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+# Copied from sft.check_packing
+def check_packing(module, args):
+    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    model = plain(getattr(module, "module", module).model)
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
+        if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
+            stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
+
+
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
     """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
@@ -991,7 +1003,6 @@ class Policy(torch.nn.Module):
 
     def check(self, engine):
         """Stops where a family makes its logits in a way that is not known here."""
-        engine.check()
         with engine.autocast():
             gap = logit_gap(plain(self.model))
         if not gap < (0.1 if engine.args.bf16 else 1e-3):
@@ -1042,13 +1053,6 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def check(self):
-        """Stops where a family does not keep sequences that share a row apart."""
-        model = plain(self.module.model)
-        with self.autocast():
-            if not self.args.padding and not packing_gap(model) < (0.1 if self.args.bf16 else 1e-3):
-                stop(f"{type(model).__name__} mixes up sequences that are packed into one row: give --padding")
-
     def backward(self, loss, last: bool = True):
         """Of each micro-batch; `last` tells that the step's gradients are complete."""
         if not self.deepspeed:
@@ -1087,7 +1091,7 @@ class Run:
     def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
-        self.settings, self.pending, self.state = getattr(args, "settings", ""), [], {}
+        self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         if rank == 0:
             if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):

@@ -28,6 +28,7 @@ stretches less than wall time; a ratio is the median over steps of ours / TRL's.
 they take turns step by step: one works, the others wait. The first step is warm-up; a rollout is a step. Memory is the
 peak resident set from before the first step, less what the process had when everything was imported. On a CPU TRL
 sends every position through the LM head; `trl_selected` is TRL made to select the response's, as it does on a GPU.
+`ours_padded` is ours with --padding. TRL has no `dvpo`: it stands beside itself, packed and padded, one epoch over a rollout.
 """
 
 import argparse
@@ -52,10 +53,10 @@ import step
 METHODS = {  # script, trainer, optimizer steps a step
     "sft": ("sft", "SFT", 1), "rm": ("rm", "Reward", 1), "dpo": ("dpo", "DPO", 1), "dpo_precomputed": ("dpo", "DPO", 1),
     "ipo": ("dpo", "DPO", 1), "rloo": ("reinforce", "RLOO", 1), "grpo": ("reinforce", "GRPO", 2),
-    "grpo_once": ("reinforce", "GRPO", 1),
+    "grpo_once": ("reinforce", "GRPO", 1), "dvpo": ("dvpo", "", 1),
 }  # fmt: skip
 TIMED = [method for method in METHODS if method != "ipo"]  # its work is dpo's
-COMPARED = [method for method in METHODS if method != "grpo_once"]
+COMPARED = [method for method in METHODS if method not in ("grpo_once", "dvpo")]
 SEQUENCES, N, GAP = 8, 4, 1e-4  # of a step; responses to a prompt
 COMMON = {"padding": False, "learning_rate": 1e-4, "max_grad_norm": 1.0, "kl_coef": 0.05, "gamma": 0.1, "clip": 0.2}
 # Of the comparison: what makes an error show, and not rounding. ipo: 1 / (2 gamma) would be most of it; rloo: as above.
@@ -70,7 +71,7 @@ def build(method: str, folder: Path, s: dict):
     ids = lambda part: rng.choices(words, k=rng.randint(s[f"{part}_tokens"] // 2, s[f"{part}_tokens"] * 3 // 2))
     fields = {"prompt": "prompt", "chosen": "response", "rejected": "response"}
     text = lambda part: " ".join(map(step.word, ids(part)))
-    rows = s["steps"] * SEQUENCES // {"sft": 1, "rm": 2, "dpo": 2, "reinforce": N}[METHODS[method][0]]
+    rows = s["steps"] * SEQUENCES // {"sft": 1, "rm": 2, "dpo": 2, "reinforce": N, "dvpo": 1}[METHODS[method][0]]
     pairs = [{name: text(part) for name, part in fields.items()} for _ in range(rows)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     rollouts = [[([*ids("response"), 1], rng.gauss(0, 1)) for _ in range(N)] for _ in pairs]
@@ -158,9 +159,10 @@ def ours(method: str, folder: Path, s: dict) -> Log:
     if script == "dpo":
         args |= {"gamma": s["gamma"]} | ({"loss": "ipo", "length_normalize": "yes"} if method == "ipo" else {})
         log.hook(module, "add_reference", log.add_reference)
-    elif script == "reinforce":
-        args |= {"reward_model": "replayed", "baseline": method.split("_")[0], "n": N, "rollout_batch_size": size,
-                 "ppo_epochs": updates, "kl_coef": s["kl_coef"], "clip": s["clip"]}  # fmt: skip
+    elif script in ("reinforce", "dvpo"):
+        args |= {"rollout_batch_size": size, "ppo_epochs": updates, "kl_coef": s["kl_coef"], "clip": s["clip"]}
+        replayed = {"reward_model": "replayed", "baseline": method.split("_")[0], "n": N}
+        args |= {"gvm": str(folder / "gvm")} if script == "dvpo" else replayed
         replay(module, folder, log)
     with contextlib.suppress(Done):
         module.train(module.Args(**args))
@@ -309,7 +311,7 @@ def compare(method: str, **changes) -> dict:
 
 
 def measure(method: str, s: dict) -> dict:
-    sides = ("ours", "ours_padded", "trl", "trl_selected")[: 3 if method == "rm" else 4]  # rm has no LM head
+    sides = ("ours", "ours_padded", "trl", "trl_selected")[: {"rm": 3, "dvpo": 2}.get(method, 4)]  # rm: no LM head
     with tempfile.TemporaryDirectory() as folder:
         build(method, Path(folder), s)
         found = together(method, Path(folder), {side: s | {"padding": side == "ours_padded"} for side in sides})

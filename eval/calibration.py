@@ -139,7 +139,7 @@ class Model:
             text = json.dumps(prompt)
             seen[text] = seen.get(text, 0) + 1
             jobs += [(i, sample.key_of(sample.key_of(seed, text, seen[text]), j)) for j in range(n)]
-        write = sample.Rollouts(self.writer, self.tokenizer, self.args, self.device, self.args.top_p)
+        write = sample.Rollouts(self.writer, self.ends, self.tokenizer, self.args, self.device, self.args.top_p)
         found = []
         short = len(jobs) <= 8 * batch_size  # too soon over for a bar
         for at in tqdm(range(0, len(jobs), batch_size), desc="sampling", mininterval=2, leave=False, disable=short):

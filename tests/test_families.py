@@ -25,7 +25,7 @@ import sample
 import sft
 import toy
 import vcb
-from kernels import model_class
+from kernels import model_class, packing_gap
 
 SCRIPTS = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo, "sample": sample, "vcb": vcb}
 CPU = torch.device("cpu")
@@ -189,7 +189,7 @@ def test_log_probs_are_those_of_the_models_own_logits(home, family):
             assert (found[~batch.response_mask] == 0).all()
             loss = policy(batch, temperature, token_weight=0.1)
             assert float(loss) == pytest.approx(-0.1 * float(own.sum()), abs=1e-5)
-    policy.check(SimpleNamespace(autocast=contextlib.nullcontext, args=args, check=lambda: None))
+    policy.check(SimpleNamespace(autocast=contextlib.nullcontext, args=args))
 
 
 PACKED = SimpleNamespace(micro_tokens=4096, padding=False)
@@ -220,6 +220,72 @@ def test_packed_sequences_are_those_of_padded_ones(home, family):
         assert float((found[0] - found[1]).abs().max()) < 1e-5 and float(found[0].std()) > 1e-3
 
 
+def reference_flash(
+    module, query, key, value, mask, scaling, dropout=0.0, cu_seq_lens_q=None, max_length_q=None, **rest
+):
+    """What flash-attn's variable-length function computes, sequence by sequence, from what it is told; (B, H, L, D)."""
+    assert mask is None and len(query) == 1 and cu_seq_lens_q.dtype == torch.int32
+    assert torch.equal(rest["cu_seq_lens_k"], cu_seq_lens_q) and rest["max_length_k"] == max_length_q
+    assert max_length_q == int(cu_seq_lens_q.diff().max()) and int(cu_seq_lens_q[-1]) == query.shape[2]
+    groups, found = query.shape[1] // key.shape[1], []
+    for a, b in zip(cu_seq_lens_q[:-1].tolist(), cu_seq_lens_q[1:].tolist(), strict=True):
+        k, v = (x[:, :, a:b].repeat_interleave(groups, 1) for x in (key, value))
+        scores = query[:, :, a:b] @ k.transpose(2, 3) * scaling
+        later = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
+        found.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ v)
+    return torch.cat(found, 2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt_neox", "olmo2", "granite", "cohere"])
+def test_flash_attention_is_told_where_packed_sequences_begin(home, family):
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register("flash_reference", reference_flash)
+    AttentionMaskInterface.register("flash_reference", lambda *_, **__: None)
+    args = SimpleNamespace(**vars(sft.Args()))
+    rows = random_rows(((3, 4), (9, 1), (1, 7), (20, 10), (2, 3), (15, 6), (4, 4)))
+    model = sft.load_model("causal", str(home / family), sft.load_tokenizer(str(home / family), args), args).eval()
+    policy = sft.Policy(model)
+    with torch.no_grad():
+        padded = policy(sft.collate(rows, 0))
+        model.config._attn_implementation = "flash_reference"
+        packed = policy(sft.collate(rows, 0, None, PACKED))
+    assert float((padded - packed).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_packed_sequence_that_is_seen_shows_far_above_rounding(home, monkeypatch, bf16):
+    """Also in a model that is not trained yet, whose attention does little."""
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama import modeling_llama
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(toy.config()).to(torch.bfloat16 if bf16 else torch.float32)
+    limit = 0.05 if bf16 else 1e-3
+    assert packing_gap(model) < limit / 4
+    mask = modeling_llama.create_causal_mask
+    forgetful = lambda *args, **options: mask(*args, **options | {"position_ids": None})
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", forgetful)
+    assert packing_gap(model) > 3 * limit
+
+
+def test_a_frozen_reward_model_that_mixes_packed_sequences_is_refused(home, tmp_path, capsys, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    args = sft.Args()
+    tokenizer = sft.load_tokenizer(str(home / "llama"), args)
+    sft.load_model("reward", str(home / "llama"), tokenizer, args).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    sample.TextReward(str(tmp_path / "rm"), sample.Args(), CPU)
+    mask = modeling_llama.create_causal_mask
+    forgetful = lambda *args, **options: mask(*args, **options | {"position_ids": None})
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", forgetful)
+    with pytest.raises(SystemExit):
+        sample.TextReward(str(tmp_path / "rm"), sample.Args(), CPU)
+    assert "give --padding" in capsys.readouterr().err
+    sample.TextReward(str(tmp_path / "rm"), sample.Args(padding=True), CPU)
+
+
 def test_a_family_that_mixes_packed_sequences_is_refused(home, tmp_path, capsys, monkeypatch):
     from transformers.models.llama import modeling_llama
 
@@ -233,9 +299,9 @@ def test_a_family_that_mixes_packed_sequences_is_refused(home, tmp_path, capsys,
     sft.main([*flags, "--steps", "1", "--padding"])
 
 
-@pytest.mark.parametrize("script", ["sft", "dvpo", "vcb"])
+@pytest.mark.parametrize("script", ["sft", "dvpo", "vcb", "sample"])
 def test_a_head_that_does_more_than_is_known_is_refused(home, tmp_path, capfd, monkeypatch, script):
-    from transformers import LlamaForCausalLM, LlamaForTokenClassification
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
     forward = LlamaForCausalLM.forward
 
@@ -248,7 +314,11 @@ def test_a_head_that_does_more_than_is_known_is_refused(home, tmp_path, capfd, m
     values = LlamaForTokenClassification.from_pretrained(home / "llama", num_labels=1)
     values.save_pretrained(tmp_path / "gvm"), tokenizer("llama3").save_pretrained(tmp_path / "gvm")
     start = f"--{'model' if script == 'sft' else 'policy'} {home}/llama --data {home}/rows.jsonl --steps 1"
-    more = f" --gvm {tmp_path}/gvm --rollout_batch_size 4 --batch_size 2" if script == "dvpo" else ""
+    rewards = LlamaForSequenceClassification.from_pretrained(home / "llama", num_labels=1)
+    rewards.save_pretrained(tmp_path / "rm"), tokenizer("llama3").save_pretrained(tmp_path / "rm")
+    more = {"dvpo": f" --gvm {tmp_path}/gvm --rollout_batch_size 4 --batch_size 2"}.get(script, "")
+    if script == "sample":
+        start, more = start.removesuffix(" --steps 1"), f" --reward_model {tmp_path}/rm"
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
         SCRIPTS[script].main(f"{start}{more} --output_dir {tmp_path}/out".split())

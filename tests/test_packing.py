@@ -2,12 +2,12 @@
 
 import math
 import random
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dvpo
@@ -16,6 +16,8 @@ import ppo
 import rm
 import sft
 import vcb
+
+DOC = (Path(__file__).resolve().parent.parent / "docs" / "speed.md").read_text(encoding="utf-8")
 
 
 def settings(micro_tokens=4096, padding=False):
@@ -75,64 +77,32 @@ def test_lay_out_counts_positions_from_each_sequence_and_fills_rows_on_the_right
     assert ids.shape == (4, 9) and positions is None and starts == [0, 9, 18, 27]
 
 
-def share(module, rows, batch_size, sizes=None, world=8, steps=40):
-    rest = (sizes,) if sizes else ()
-    found = [
-        module.micro_batches(rows[at : at + batch_size], 0, world, settings(), *rest)[1]
-        for at in range(0, steps * batch_size, batch_size)
-    ]
-    return sum(found) / len(found)
-
-
-# Of sft and rm a rank has two sequences and one question a step: their own differences in length are waited for.
-SHARES = {"sft": 0.84, "rm": 0.62, "gvm": 0.9, "dvpo": 0.9, "ppo": 0.9, "vcb": 0.9}
-
-
-@pytest.mark.parametrize("script", SHARES)
-def test_useful_tokens_on_eight_ranks(script):
-    """With each script's own batch size and lengths."""
-    rng, n = random.Random(2), 40
-    if script in ("sft", "dvpo", "ppo"):
-        module = {"sft": sft, "dvpo": dvpo, "ppo": ppo}[script]
-        size = module.PAPER.get("batch_size", module.Args.batch_size)
-        found = share(module, ragged(rng, n * size), size)
-    elif script == "rm":
-        size = rm.PAPER.get("batch_size", rm.Args.batch_size)
-        four = lambda: [r for _, r in ragged(rng, 4, 512)]
-        rows = [([], [True], [range(len(p) + len(r)) for r in four()]) for p, _ in ragged(rng, n * size, 512)]
-        found = share(rm, rows, size, lambda row: list(map(len, row[2])))
-    elif script == "gvm":
-        size = gvm.PAPER.get("batch_size", gvm.Args.batch_size)
-        turns = [[(p[:128], r[:384]), (q, s)] for (p, r), (q, s) in zip(*[iter(ragged(rng, 2 * n * size, 512))] * 2)]
-        found = share(gvm, [([], [True], of) for of in turns], size, gvm.conversation_size)
+def useful(script: str, padding: bool = False, times: int = 1) -> float:
+    """Mean useful share on eight ranks over 40 steps, with the script's own batch size for real models, `times` over, and
+    lengths cut as its settings for real models cut them."""
+    rng, module = random.Random(2), {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo, "ppo": ppo, "vcb": vcb}[script]
+    size, sizes = times * module.PAPER.get("batch_size", module.Args.batch_size), ()
+    rows = lambda count: ragged(rng, count, module.PAPER["max_response_tokens"])
+    if script == "rm":  # UltraFeedback's four responses to a prompt
+        sizes = (lambda row: [len(row[0]) + len(r) for r in row[2]],)
+        draw = lambda: [(prompt, [True], [r for _, r in rows(4)]) for prompt, _ in rows(size)]
+    elif script == "gvm":  # one pair of tau, cut to 512 tokens, and x, y
+        sizes = (gvm.conversation_size,)
+        draw = lambda: [([], [True], [(p[:256], r[:256]), (q, s)]) for (p, r), (q, s) in zip(rows(size), rows(size))]
+    elif script == "vcb":  # eight responses to a prompt
+        sizes = (vcb.group_sizes,)
+        draw = lambda: [([], [True], SimpleNamespace(rows=[(p, r) for _, r in rows(8)])) for p, _ in rows(size)]
     else:
-        size = vcb.PAPER["batch_size"]
-        groups = [SimpleNamespace(rows=[(p, r) for _, r in ragged(rng, 8, 256)]) for p, _ in ragged(rng, n * size, 512)]
-        found = share(vcb, [([], [True], group) for group in groups], size, vcb.group_sizes)
-    assert found > SHARES[script]
+        draw = lambda: rows(size)
+    return sum(module.micro_batches(draw(), 0, 8, settings(padding=padding), *sizes)[1] for _ in range(40)) / 40
 
 
-def test_with_eight_sequences_a_rank_nine_of_ten_tokens_are_useful():
-    rng = random.Random(3)
-    assert share(sft, ragged(rng, 40 * 64), 64) > 0.94
-    rows = [
-        ([], [True], [range(len(p) + len(r)) for _, r in ragged(rng, 4, 512)]) for p, _ in ragged(rng, 40 * 32, 512)
-    ]
-    assert share(rm, rows, 32, lambda row: list(map(len, row[2]))) > 0.9
-
-
-def test_flash_attention_is_given_one_row(monkeypatch):
-    """flash-attn's variable-length path takes packed sequences in one row: the same flat places, the same positions."""
-    from kernels.head import hidden_states
-
-    class Backbone:
-        config = SimpleNamespace(_attn_implementation="flash_attention_2")
-
-        def __call__(self, input_ids, position_ids=None, use_cache=None):
-            given.append((input_ids.shape, position_ids))
-            return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
-
-    given = []
-    ids, positions, _ = sft.lay_out([[7] * 5, [8] * 2, [9] * 3, [6] * 9], 0, settings())
-    assert torch.equal(hidden_states(Backbone(), ids, positions)[:, 0], ids.flatten().float())
-    assert given[0][0] == (1, ids.numel()) and torch.equal(given[0][1][0], positions.flatten())
+def test_useful_tokens_are_those_that_the_docs_tell():
+    """docs/speed.md: | script | padded | packed | packed, four times the batch |"""
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", DOC, re.M)
+    assert [name for name, *_ in rows] == ["sft", "rm", "gvm", "dvpo", "ppo", "vcb"]
+    for name, padded, packed, larger in rows:
+        found = useful(name, padding=True), useful(name), useful(name, times=4)
+        assert [f"{x:.2f}" for x in found] == [padded, packed, larger], name
+        assert found[0] < found[1] and found[2] > 0.9
+        assert found[1] > 0.9 or name in ("sft", "rm")  # a rank has two sequences, or one question, a step

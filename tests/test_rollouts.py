@@ -142,7 +142,7 @@ def rollouts(home, rollout, lora_r=0, **flags):
     engine = SimpleNamespace(
         module=policy, args=args, deepspeed=None, optimizer="there", autocast=contextlib.nullcontext
     )
-    return dvpo.Rollouts(engine, tokenizer, args, CPU), policy
+    return dvpo.Rollouts(engine, policy.ends, tokenizer, args, CPU), policy
 
 
 def asked():
@@ -209,6 +209,27 @@ def test_vllm_sleeps_between_rollouts_and_is_given_the_weights_before_each(home,
     assert [x if isinstance(x, str) else "generate" for x in llm.calls] == ["sleep", *round_, *round_]
     seeds = [p.seed for call in llm.calls if isinstance(call, list) for p in call]
     assert len(set(seeds)) == 12 and max(seeds) < 2**31
+
+
+def test_merged_weights_are_those_of_the_model_that_is_saved(home, tmp_path):
+    """Of a policy on a shared backbone too, which carries another adapter and a head of values."""
+    from transformers import AutoModelForCausalLM
+
+    _, policy = rollouts(home, "generate", lora_r=4)
+    model = policy.model
+    model.add_adapter("gvm", model.peft_config["default"])
+    model.get_base_model().score = torch.nn.Linear(32, 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    found = {name: tensor.clone() for name, tensor in dvpo.merged_weights(model)}
+    model.delete_adapter("gvm")
+    del model.get_base_model().score
+    model.merge_and_unload().save_pretrained(tmp_path)
+    saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    assert found.keys() == saved.keys()
+    assert all(torch.allclose(found[name], saved[name], atol=1e-6) for name in saved)
 
 
 def test_generate_batch_keeps_within_its_bytes(home, monkeypatch):

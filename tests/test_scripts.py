@@ -342,7 +342,7 @@ def test_a_prompt_that_is_too_long(told, home, script):
 def test_a_model_without_a_chat_template(told, home, script):
     error = told(script, "--policy" if script in ROLLOUT else "--model", str(home / "no_template"),
                  *(frozen(home, script) if script in ROLLOUT else []))  # fmt: skip
-    assert f"`sft.py --model {home / 'no_template'} --chat_template plain`" in error
+    assert f"`python sft.py --model {home / 'no_template'} --chat_template plain`" in error
 
 
 def test_the_advice_on_a_model_without_a_chat_template_works(home, tmp_path):
