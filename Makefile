@@ -22,7 +22,7 @@ $(DEMO)/report.html: .venv/done
 
 demo-all: $(DEMO)/report.html  ## of the demo that is there, or a new one: and the other advantages of DVPO, a GVM without tau, and every baseline
 	$(PY) dvpo.py $(RUN)/dvpo_q --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20 --advantage q
-	$(PY) dvpo.py $(RUN)/dvpo_q_minus_v --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20 --advantage q_minus_v
+	$(PY) dvpo.py $(RUN)/dvpo_q_minus_v --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20 --lam 0
 	$(PY) gvm.py $(RUN)/gvm_no_tau --model $(SFT) --tau_pairs 0
 	$(PY) dpo.py $(RUN)/dpo $(SAMPLED) --snapshot_every 24 --loss dpo
 	$(PY) dpo.py $(RUN)/ipo $(SAMPLED) --snapshot_every 24 --loss ipo

@@ -140,7 +140,7 @@ PAPER = {  # what a flag that is not given means for any model but toy.py's; the
 }  # fmt: skip
 _gpus = {"gradient_checkpointing": True, "bf16": True, "zero_stage": 1, "save_every": 500}
 PRESETS = {
-    "pythia-2.8b-hh": {**_gpus, "data": "Anthropic/hh-rlhf"},
+    "pythia-2.8b-hh": _gpus,
     "llama3.2-3b": {**_gpus, "max_prompt_tokens": 1024, "max_response_tokens": 1024},
     "llama3-8b": {**_gpus, "max_prompt_tokens": 1024, "max_response_tokens": 1024, "zero_stage": 3},
 }

@@ -13,7 +13,7 @@ critic, no reward.
 `--advantage q` is the paper's. A frozen Q also gives a baseline for free, since appending a token is deterministic:
 V(s_t) = Q_{t-1} (/ discount), V(s_1) read at the last prompt token, and the *terminal value Q_T is kept*:
 
-    delta_t = Q_t - V_t,   `--advantage q_minus_v`: A_t = delta_t / rms(delta),   `gae`: A_t = normalize(sum_k (discount lam)^k delta_{t+k})
+    delta_t = Q_t - V_t,   `--advantage gae`: A_t = normalize(sum_k (discount lam)^k delta_{t+k}),   `--lam 0`: Q - V itself
 
 The KL to the reference enters as in PPO, in units of the standardised reward (`--kl_in reward`), or as a squared
 log-ratio in the loss (`--kl_in loss`); its coefficient is fixed, or adaptive with --kl_target.
@@ -106,12 +106,16 @@ class Args:
     """passes over each rollout (paper: 4)"""
     clip: float = 0.2
     """PPO's clipping parameter eps of eq. 3"""
-    advantage: Literal["q", "q_minus_v", "gae"] = "gae"
-    """q: the normalised value itself (paper); q_minus_v: its increment; gae: lambda-sum of increments (measured best)"""
+    advantage: Literal["q", "gae"] = "gae"
+    """q: the normalised value itself (paper); gae: lambda-sum of its increments Q - V (measured best)"""
+    baseline: Literal["none", "position", "start"] = "none"
+    """what q is less by: nothing (paper), the rollout's mean at this token position, or V(s_1) of its own prompt"""
     discount: float = 1.0
     """the MDP's discount factor per token; the one that the GVM was trained with"""
     lam: float = 0.95
-    """lambda of gae"""
+    """lambda of gae; 0: the one-step advantage Q - V, 1: Q_T - V, the GVM as a reward model with a baseline"""
+    eos_penalty: float = 0.0
+    """subtracted from Q_T of a response without EOS, in units of the standardised reward"""
     kl_in: Literal["reward", "loss"] = "reward"
     """where the KL to the reference acts: in the advantage, as in PPO, or as half the squared log-ratio in the loss"""
     kl_coef: float = 0.05
@@ -193,25 +197,29 @@ def increments(values, mask, *, discount: float = 1.0):
     return (values[:, 1:] - v) * mask
 
 
+def less_baseline(values, mask, baseline: str):
+    """Q (B, T) less a baseline: `position`, the mean of Q_t over the responses that have a token t; `start`, V(s_1)."""
+    q = values[:, 1:] * mask
+    if baseline == "position":
+        return q - q.sum(0) / mask.sum(0).clamp(min=1)
+    return q - values[:, :1] if baseline == "start" else q
+
+
 def advantages(
-    values, kl, mask, *, advantage: str = "q", discount: float = 1.0, lam: float = 0.95, kl_coef: float = 0.0
+    values, kl, mask, *, advantage="q", baseline="none", discount: float = 1.0, lam: float = 0.95, kl_coef: float = 0.0
 ):
     """Advantages (B, T) of a whole rollout, all ranks; 0 where masked.
 
     values (B, T+1) of the GVM, kl (B, T) = old_logp - ref_logp, mask (B, T) bool.
-    q:         normalize(Q_t - beta sum_{k>=t} discount^(k-t) kl_k)          section 3.3 at beta = 0; eq. 2 normalises, and
-               mu, sigma of the rollout are our reading ("computed during the GVM training stage")
-    q_minus_v: (delta_t - beta sum_{k>=t} discount^(k-t) kl_k) / root mean square: not centred, since a mean increment
-               above 0 says that the policy does better than the GVM expected
-    gae:       normalize(sum_{k>=t} (discount lam)^(k-t) (delta_k - beta kl_k))          as PPO whitens"""
+    q:   normalize(Q_t - baseline - beta sum_{k>=t} discount^(k-t) kl_k)     section 3.3 at beta = 0; eq. 2 normalises, and
+         mu, sigma of the rollout are our reading ("computed during the GVM training stage")
+    gae: normalize(sum_{k>=t} (discount lam)^(k-t) (delta_k - beta kl_k))    as PPO whitens; lam 0 is Q - V"""
     kl = kl * mask
     if advantage == "q":
-        return normalize_values(values[:, 1:] - kl_coef * discounted_sum(kl, discount), mask)
+        q = less_baseline(values, mask, baseline)
+        return normalize_values(q - kl_coef * discounted_sum(kl, discount), mask)
     delta = increments(values, mask, discount=discount)
-    if advantage == "gae":
-        return normalize_values(discounted_sum(delta - kl_coef * kl, discount * lam), mask)
-    credit = (delta - kl_coef * discounted_sum(kl, discount)) * mask
-    return credit / ((credit.square().sum() / mask.sum()).sqrt() + 1e-5)
+    return normalize_values(discounted_sum(delta - kl_coef * kl, discount * lam), mask)
 
 
 def dvpo_loss(logp, old_logp, advantage, mask, normalizer, *, clip: float = 0.2):
@@ -749,11 +757,13 @@ def train(args: Args) -> Path:
         old_logp, ref_logp, values = score_rollout(engine, frozen, rows, tokenizer, args, rank, world, device)
         lengths = torch.tensor([len(response) for response in responses], device=device)
         mask = torch.arange(old_logp.shape[1], device=device) < lengths[:, None]
+        cut = torch.tensor([response[-1] not in policy.ends for response in responses], device=device)
+        values[torch.arange(len(cut)), lengths] -= args.eos_penalty * cut
         kl = old_logp - ref_logp
         sampled = padded(sampled, device)
         gap = (sampled - old_logp).abs() * mask
         advantage = advantages(
-            values, kl, mask, advantage=args.advantage, discount=args.discount, lam=args.lam,
+            values, kl, mask, advantage=args.advantage, baseline=args.baseline, discount=args.discount, lam=args.lam,
             kl_coef=run.state["kl_coef"] if args.kl_in == "reward" else 0.0,
         ) * truncated_weights(old_logp, sampled, mask, args.tis_cap)  # fmt: skip
         clock.append(now(device))

@@ -5,10 +5,12 @@ turns of the chat. It tells the model whose future it is predicting (DVPO, secti
 token y_t, after the action; one more is read at the last prompt token, V(s_1).
 
     G_T = r(x, y),   G_t = discount ((1 - td_lambda) Q_{t+1} + td_lambda G_{t+1})      no gradient   `td_targets`
-    L = mean_t (G_t - Q_t)^2                                                           eq. 1         `value_loss`
+    L = (1 - o) mean_t (G_t - Q_t)^2 + o mean_i (r_i - Q_T,i)^2                        eq. 1 at o = 0 `value_loss`
     Q~ = (Q - mu) / (sigma + eps), mu and sigma over the batch's response tokens       eq. 2         `--value_norm batch`
 
-`--td_lambda 0` is eq. 1, 1 is Monte-Carlo (the default). V(s_1) has target
+`--td_lambda 0` is eq. 1, 1 is Monte-Carlo (the default). Of its mean over tokens, the one token at which the whole answer
+has been read, and the grade is known, is 1/T; `--outcome_share` o gives these a share of the loss that does not depend on
+T. That is what reading finished text well takes: a reward model's loss is all outcome. V(s_1) has target
 (1 - td_lambda) Q_1 + td_lambda G_1 and is left out of eq. 2 and of every accuracy. Scores are standardised over the
 training rows (mean and std go into the saved config); of a preference pair the chosen response scores +1, the rejected -1.
 
@@ -95,6 +97,8 @@ class Args:
     """0: the one-step targets of eq. 1 (paper); 1: Monte-Carlo; the released code uses 0.95"""
     discount: float = 1.0
     """the MDP's discount factor per token (the paper's gamma)"""
+    outcome_share: float = 0.5
+    """share of the loss that is the last tokens', of answers that are not cut, whatever their length; 0: all tokens alike (paper)"""
     value_norm: Literal["none", "batch"] = "none"
     """`batch` applies eq. 2 to the Q inside the loss (paper), not to V(s_1): for --advantage q only"""
     eval_share: float = 0.05
@@ -119,9 +123,9 @@ class Args:
     """allow code that comes with a hub model"""
 
 
-PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings, and room for tau
+PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings, room for tau, and the lengths of dvpo.py
     "data": "openbmb/UltraFeedback", "split": "train[30%:80%]", "learning_rate": 2e-6,
-    "max_prompt_tokens": 512, "max_response_tokens": 512, "tau_pairs": 1, "tau_tokens": 512, "lora_r": 8,
+    "max_prompt_tokens": 1024, "max_response_tokens": 1024, "tau_pairs": 1, "tau_tokens": 1024, "lora_r": 8,
 }  # fmt: skip
 _gpus = {"gradient_checkpointing": True, "bf16": True, "zero_stage": 1, "save_every": 500}
 PRESETS = {
@@ -165,9 +169,19 @@ def with_start(mask):
     return torch.cat([mask[:, :1], mask], 1)
 
 
-def value_loss(values, target, mask, normalizer):
-    """eq. 1: squared error, (R, T+1) each, summed over the mask (R, T+1) and divided by the step's number of positions."""
-    return ((target - values).square() * mask).sum() / normalizer
+def loss_weights(mask, ended, positions: int, outcomes: int, outcome_share: float):
+    """(R, T+1) weights of the squared errors, which sum to 1 over an optimizer step of so many positions (mask (R, T+1))
+    and outcomes (ended (R,) bool): (1 - outcome_share) / positions, and outcome_share / outcomes more on Q_T."""
+    share = outcome_share if outcomes else 0.0
+    last = torch.zeros_like(mask)
+    last[:, 1:-1] = mask[:, 1:-1] & ~mask[:, 2:]
+    last[:, -1] = mask[:, -1]
+    return mask * (1 - share) / positions + (last & ended[:, None]) * (share / max(1, outcomes))
+
+
+def value_loss(values, target, weights):
+    """eq. 1: (R, T+1) each; the weighted sum of squared errors."""
+    return ((target - values).square() * weights).sum()
 
 
 def value_statistics(values) -> dict[str, float]:
@@ -396,6 +410,7 @@ def train(args: Args) -> Path:
     if not len(scores) or scores.std() == 0:
         stop(f"{args.data} ({args.split}): {len(scores)} responses, all of one score: there is nothing to learn")
     mean, std = float(scores.mean()), float(scores.std())
+    end = response_ids(tokenizer, "", args)[0]
 
     torch.manual_seed(args.seed)
     model = load_model("value", args.model, tokenizer, args)
@@ -423,7 +438,8 @@ def train(args: Args) -> Path:
             current, order = epoch, conversations(training, args.tau_pairs + 1, args.seed, epoch)
         groups = order[at : at + args.batch_size]
         rows = [([], [True], render(tokenizer, group, args.tau_tokens), group) for group in groups]
-        positions = sum(len(response) + 1 for _, _, turns, _ in rows for _, response in turns)
+        shown = [response for _, _, turns, _ in rows for _, response in turns]
+        positions, outcomes = sum(map(len, shown)) + len(shown), sum(response[-1] == end for response in shown)
         loss_sum = torch.zeros((), device=device)
         engine.set_rate(args.learning_rate * schedule(step, len(plan), args.warmup_steps, "cosine"))
         micros, useful = micro_batches(rows, rank, world, room, conversation_size)
@@ -437,14 +453,15 @@ def train(args: Args) -> Path:
                     for a, (_, shown) in zip(group, turns, strict=True)
                 ]
             )
-            mask = batch.mask & real[:, None].to(device)
+            ended = torch.tensor([response[-1] == end for *_, turns, _ in micro for _, response in turns])
+            mask, ended = batch.mask & real[:, None].to(device), (real & ended).to(device)
             values = engine(batch)
             if args.value_norm == "batch":
                 q = normalize_values(values[:, 1:], mask[:, 1:], group=dist.group.WORLD)
                 values = torch.cat([values[:, :1], q], 1)
             rule = {"discount": args.discount, "td_lambda": args.td_lambda}
             target = td_targets(values, mask[:, 1:], reward.to(device), **rule)
-            loss = value_loss(values, target, mask, positions)
+            loss = value_loss(values, target, loss_weights(mask, ended, positions, outcomes, args.outcome_share))
             engine.backward(loss, last=micro is micros[-1])
             loss_sum += loss.detach()
         rates = {"learning_rate": engine.rate, "grad_norm": engine.step()}

@@ -294,8 +294,9 @@ def product_rate() -> float | None:
     return 2 * 8192**3 / statistics.median(times)
 
 
-def measure(algo: str, folder: Path, settings: dict, size: dict, rate: float | None) -> dict:
-    empty = 0 if rate else spawn(algo, folder, settings | {"empty": True, "nproc": 1})[0]
+def measure(algo: str, folder: Path, settings: dict) -> tuple[dict, float]:
+    """({phase: seconds of each measured step}, bytes of memory at their peak) of one process of its own."""
+    empty = 0 if settings["on_gpu"] else spawn(algo, folder, settings | {"empty": True, "nproc": 1})[0]
     memory = max(spawn(algo, folder, settings | {"empty": False})) - empty
     run = folder / "run"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][settings["warmup"] :]
@@ -306,6 +307,13 @@ def measure(algo: str, folder: Path, settings: dict, size: dict, rate: float | N
     run.rmdir()
     rounds = {phase: [row[f"{phase}_seconds"] for row in steps] for phase in PHASES}
     rounds["total"] = [sum(x) for x in zip(*rounds.values(), strict=True)]
+    return rounds, memory
+
+
+def summary(algo: str, found: list[tuple[dict, float]], settings: dict, size: dict, rate: float | None) -> dict:
+    """The medians over all steps of all rounds of a method."""
+    rounds = {phase: [x for one, _ in found for x in one[phase]] for phase in found[0][0]}
+    memory = statistics.median(x for _, x in found)
     seconds = {phase: round(statistics.median(x), 4) for phase, x in rounds.items()}
     tokens = settings["rollout_batch_size"] * settings["response_tokens"]  # response tokens, of each of the 4 epochs
     work = {"rollout": tokens, "scoring": tokens, "update": 4 * tokens}
@@ -397,7 +405,8 @@ def main():
     )
     parser.add_argument("--zero_stage", type=int, default=0, choices=range(4))
     parser.add_argument("--nproc", type=int, default=1, help="processes, each with a GPU if there are GPUs")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each method is measured, in turns")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps, each time")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     for name in ("rollout_batch_size", "batch_size", "micro_tokens", "prompt_tokens", "response_tokens"):
         parser.add_argument(f"--{name}", type=int, help="default by shape")
@@ -422,10 +431,10 @@ def main():
 
     model, sizes = SHAPES[args.shape]
     settings = {"bf16": False} | sizes | {key: x for key, x in vars(args).items() if x is not None and key in sizes}
-    settings |= {key: getattr(args, key) for key in ("shape", "share_backbone", "zero_stage", "nproc", "steps", "warmup", "clock",
+    settings |= {key: getattr(args, key) for key in ("shape", "share_backbone", "zero_stage", "nproc", "rounds", "steps", "warmup", "clock",
                                                      "gradient_checkpointing")}  # fmt: skip
-    settings |= {"model": model, "ppo_epochs": 4}
     cuda = torch.cuda.is_available()
+    settings |= {"model": model, "ppo_epochs": 4, "on_gpu": cuda}
     if cuda and args.clock == "cpu":
         parser.error("--clock cpu: the work is the GPU's")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # else DeepSpeed says that it had to look
@@ -436,13 +445,15 @@ def main():
     if cuda:
         torch.cuda.empty_cache()
         machine |= {"cuda": torch.version.cuda, "product_tflops": round(rate / 1e12, 1)}
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         size = build(Path(folder), settings)
         gc.collect()
-        for algo in algos + [SHARED] * args.share_backbone:
-            print(f"measuring {algo}", file=sys.stderr, flush=True)
-            rows.append(measure(algo, Path(folder), settings, size, rate))
+        found = {algo: [] for algo in algos + [SHARED] * args.share_backbone}
+        for number in range(args.rounds):  # a machine that others use is slower for minutes: methods take turns
+            for algo in found:
+                print(f"measuring {algo}, round {number + 1}", file=sys.stderr, flush=True)
+                found[algo].append(measure(algo, Path(folder), settings))
+        rows = [summary(algo, parts, settings, size, rate) for algo, parts in found.items()]
     add_ratios(rows)
     machine["load_after"] = [round(x, 2) for x in os.getloadavg()]
     packages = ("torch", "transformers", "deepspeed", "peft", "triton")

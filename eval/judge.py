@@ -593,7 +593,7 @@ def answers(args: Answers):
             found = [""] * len(prompts)
             for value in sorted(set(heats)):
                 which = [i for i, heat_ in enumerate(heats) if heat_ == value]
-                for i, text in zip(which, sampler([prompts[i] for i in which], value, args.seed + turn)):
+                for i, text in zip(which, sampler([prompts[i] for i in which], value, args.seed + turn)[0]):
                     found[i] = text
             return found
 

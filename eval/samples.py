@@ -142,8 +142,9 @@ class Sampler:
         self.args, self.tokenizer = settings(args), sft.load_tokenizer(name, settings(args))
         self.model = calibration.Model(name, self.tokenizer, self.args, device())
 
-    def __call__(self, prompts: list, temperature: float, seed: int = 0, n: int = 1) -> list[str]:
-        """n responses to each prompt, prompt by prompt; temperature 0 is greedy. Same seed and prompts: same responses."""
+    def __call__(self, prompts: list, temperature: float, seed: int = 0, n: int = 1) -> tuple[list[str], list[bool]]:
+        """n responses to each prompt, prompt by prompt, and which came to an end; temperature 0 is greedy. Same seed and
+        prompts: same responses."""
         greedy = not temperature
         self.model.args = dataclasses.replace(self.model.args, temperature=temperature or 1.0, greedy=greedy)
         ids = []
@@ -153,7 +154,7 @@ class Sampler:
             except ValueError as error:
                 sft.stop(f"prompt {i + 1}: {error}")
         found = self.model.answers(prompts, ids, n, seed, self.batch_size)
-        return calibration.texts_of(found, self.model.ends, self.tokenizer)[0]
+        return calibration.texts_of(found, self.model.ends, self.tokenizer)
 
 
 def samples(name: str, args, policy: str = "", n: int = 1) -> list[dict]:
@@ -175,9 +176,9 @@ def samples(name: str, args, policy: str = "", n: int = 1) -> list[dict]:
         rows[key] = {"prompt": row["prompt"], "key": key, "responses": []}
         rows[key] |= {"category": str(row["category"])} if row.get("category") is not None else {}
     rows = list(rows.values())
-    texts = Sampler(name, args)([row["prompt"] for row in rows], args.temperature, args.seed, n)
-    for i, text in enumerate(texts):
-        rows[i // n]["responses"].append({"text": text, "policy": name})
+    drawn = Sampler(name, args)([row["prompt"] for row in rows], args.temperature, args.seed, n)
+    for i, (text, whole) in enumerate(zip(*drawn, strict=True)):
+        rows[i // n]["responses"].append({"text": text, "policy": name, "complete": whole})
     return rows
 
 

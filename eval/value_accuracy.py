@@ -177,10 +177,10 @@ def table4(name: str, args) -> tuple[dict, list[np.ndarray]]:
 def reward_model_accuracy(args) -> dict:
     """The same pairs, as text: the reward model has its own tokenizer."""
     if args.data == "toy":
-        rows = [(prompt, text, score) for _, prompt, text, score in toy_texts(args.seed)]
+        rows = [(prompt, {"text": text}, score) for _, prompt, text, score in toy_texts(args.seed)]
     else:
         rows = [
-            (row["prompt"], response["text"], response["score"])
+            (row["prompt"], response, response["score"])
             for row, _ in samples.load_rows(args.data, args.split, "graded", args.seed)
             for response in row.get("responses")
             or [{"text": row["chosen"], "score": 1.0}, {"text": row["rejected"], "score": -1.0}]

@@ -79,10 +79,11 @@ def summary(shares: np.ndarray, seed: int = 0) -> dict:
 
 
 def reward_scores(name: str, pairs: list[tuple], args) -> list[float]:
-    """A reward model's scores of (prompt, text) pairs."""
+    """A reward model's scores of (prompt, response) pairs; one that was cut (`complete` is false) has no end to be read."""
     reward = sample.TextReward(name, calibration.settings_of(args), samples.device())
-    prompts, texts = zip(*pairs, strict=True)
-    return reward(prompts, texts, [True] * len(pairs))
+    prompts, responses = zip(*pairs, strict=True)
+    texts, complete = zip(*((x["text"], x.get("complete") is not False) for x in responses), strict=True)
+    return reward(prompts, texts, complete)
 
 
 def matched(a: list[dict], b: list[dict]) -> list[tuple[dict, dict, dict]]:
@@ -120,7 +121,7 @@ def run(args: Args) -> dict:
                     "verdicts": [{"prompt": row["prompt"], "a_first": x, "b_first": y}
                                  for (row, *_), (x, y) in zip(pairs, verdicts)]}  # fmt: skip
     elif args.reward_model:
-        flat = [(row["prompt"], response["text"]) for row, *two in pairs for response in two]
+        flat = [(row["prompt"], response) for row, *two in pairs for response in two]
         scores = reward_scores(args.reward_model, flat, args)
         shares = [compare(*two) for two in zip(scores[::2], scores[1::2])]
         results["judge"] = args.reward_model

@@ -14,9 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dvpo
 import gvm
 import toy
-from kernels import normalize_values
 
-FORMS = ("q", "q_minus_v", "gae")
+FORMS = ("q", "gae")
 EPS = 1e-5
 
 
@@ -43,25 +42,21 @@ def normalized(rows):
     return [[(v - mean) / (sigma + EPS) for v in row] for row in rows]
 
 
-def naive_advantages(values, kl, lengths, advantage, discount, lam, beta):
+def naive_advantages(values, kl, lengths, advantage, discount, lam, beta, baseline="none"):
     """Straight from the definitions: V_1 is read at the last prompt token, V_t = Q_{t-1} / discount, V_{T+1} = Q_T."""
     raw = []
     for v, k, T in zip(values.tolist(), kl.tolist(), lengths, strict=True):
         kl_to_go = [sum(discount ** (j - t) * k[j] for j in range(t, T)) for t in range(T)]
         if advantage == "q":
-            raw.append([v[t + 1] - beta * kl_to_go[t] for t in range(T)])
+            here = [[values[i, t + 1].item() for i, length in enumerate(lengths) if length > t] for t in range(T)]
+            less = {"none": [0.0] * T, "start": [v[0]] * T, "position": [sum(x) / len(x) for x in here]}[baseline]
+            raw.append([v[t + 1] - less[t] - beta * kl_to_go[t] for t in range(T)])
             continue
         state = [v[0]] + [v[t] / discount for t in range(1, T)] + [v[T]]
         delta = [(1 if t == T - 1 else discount) * state[t + 1] - state[t] for t in range(T)]
-        if advantage == "gae":
-            delta = [d - beta * k[t] for t, d in enumerate(delta)]
-            raw.append([sum((discount * lam) ** (j - t) * delta[j] for j in range(t, T)) for t in range(T)])
-        else:
-            raw.append([delta[t] - beta * kl_to_go[t] for t in range(T)])
-    if advantage != "q_minus_v":
-        return normalized(raw)
-    rms = math.sqrt(sum(a**2 for row in raw for a in row) / sum(lengths))
-    return [[a / (rms + EPS) for a in row] for row in raw]
+        delta = [d - beta * k[t] for t, d in enumerate(delta)]
+        raw.append([sum((discount * lam) ** (j - t) * delta[j] for j in range(t, T)) for t in range(T)])
+    return normalized(raw)
 
 
 def close(found, expected, **tolerance):
@@ -78,6 +73,15 @@ def test_advantages_equal_a_loop_and_are_0_where_masked(advantage, discount, lam
     values, kl = noise(9), noise()
     found = dvpo.advantages(values, kl, mask, advantage=advantage, discount=discount, lam=lam, kl_coef=beta)
     close(cells(found, lengths), naive_advantages(values, kl, lengths, advantage, discount, lam, beta))
+
+
+@pytest.mark.parametrize("baseline", ["position", "start"])
+def test_baselines_of_q_equal_a_loop(baseline):
+    lengths, mask, noise = ragged(1)
+    values, kl = noise(9), noise()
+    found = dvpo.advantages(values, kl, mask, baseline=baseline, discount=0.9, kl_coef=0.3)
+    close(cells(found, lengths), naive_advantages(values, kl, lengths, "q", 0.9, 0.0, 0.3, baseline))
+    assert not torch.allclose(found, dvpo.advantages(values, kl, mask, discount=0.9, kl_coef=0.3))
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 0.95, 1.0])
@@ -111,10 +115,6 @@ MASK = torch.tensor([[True, True], [True, False]])
         ("q", 0.0, [-1.224745, 1.224745, 0.0]),
         # Q - 0.5 (0.6, 0.4; -0.6) = 0.7, 2.8, 2.3: mean 1.933333, sigma sqrt((1.521111 + 0.751111 + 0.134444) / 3) = 0.895669
         ("q", 0.5, [-1.376996, 0.967619, 0.409378]),
-        # 1 - 0.5, 3 - 1, 2 - 1.5 = 0.5, 2, 0.5: root mean square sqrt((0.25 + 4 + 0.25) / 3) = 1.224745
-        ("q_minus_v", 0.0, [0.408248, 1.632993, 0.408248]),
-        # 0.5 - 0.3, 2 - 0.2, 0.5 + 0.3 = 0.2, 1.8, 0.8: root mean square sqrt((0.04 + 3.24 + 0.64) / 3) = 1.143095
-        ("q_minus_v", 0.5, [0.174964, 1.574673, 0.699854]),
         # lambda 0.5: 0.5 + 0.5 * 2, 2, 0.5 = 1.5, 2, 0.5: mean 4/3, sigma sqrt((1/36 + 16/36 + 25/36) / 3) = 0.623610
         ("gae", 0.0, [0.267261, 1.069045, -1.336306]),
         # delta - 0.5 kl = 0.4, 1.8, 0.8; 0.4 + 0.9, 1.8, 0.8: mean 1.3, sigma sqrt((0 + 0.25 + 0.25) / 3) = 0.408248
@@ -138,24 +138,13 @@ def test_gae_with_lambda_0_is_the_increment_of_q_and_with_lambda_1_what_is_still
         close(cells(dvpo.advantages(values, kl, mask, advantage="gae", lam=lam), lengths), normalized(raw))
 
 
-def test_gae_with_lambda_0_is_q_minus_v_but_for_scale_and_centre():
-    _, mask, noise = ragged(4)
-    values, kl = noise(9), noise()
-    gae = dvpo.advantages(values, kl, mask, advantage="gae", lam=0.0)
-    credit = dvpo.advantages(values, kl, mask, advantage="q_minus_v")
-    assert torch.allclose(normalize_values(credit, mask), gae, atol=1e-4)
-
-
-def test_q_minus_v_is_not_centred():
+@pytest.mark.parametrize("advantage", FORMS)
+def test_advantages_have_mean_0_and_variance_1(advantage):
     _, mask, noise = ragged(5)
     values = noise(9).abs().cumsum(1)  # every token better than expected
-    found = dvpo.advantages(values, torch.zeros_like(values[:, 1:]), mask, advantage="q_minus_v")
-    assert (found[mask] > 0).all()
-    assert found[mask].square().mean().item() == pytest.approx(1, abs=1e-4)
-    for advantage in ("q", "gae"):
-        centred = dvpo.advantages(values, torch.zeros_like(values[:, 1:]), mask, advantage=advantage)[mask]
-        assert centred.mean().item() == pytest.approx(0, abs=1e-9)
-        assert centred.square().mean().item() == pytest.approx(1, abs=1e-4)
+    found = dvpo.advantages(values, torch.zeros_like(values[:, 1:]), mask, advantage=advantage)[mask]
+    assert found.mean().item() == pytest.approx(0, abs=1e-9)
+    assert found.square().mean().item() == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("advantage", FORMS)

@@ -91,7 +91,7 @@ def test_no_gradient_flows_into_targets(td_lambda):
     values.requires_grad_()
     target = gvm.td_targets(values, mask, reward, discount=0.9, td_lambda=td_lambda)
     assert not target.requires_grad
-    loss = gvm.value_loss(values, target, gvm.with_start(mask), sum(lengths) + len(lengths))
+    loss = gvm.value_loss(values, target, gvm.with_start(mask) / (sum(lengths) + len(lengths)))
     loss.backward()
     expected = 2 * (values - target).detach() * gvm.with_start(mask) / (sum(lengths) + len(lengths))
     assert torch.allclose(values.grad, expected)  # as if the targets were data
@@ -103,7 +103,7 @@ def test_what_stands_where_masked_changes_no_target_and_no_loss(td_lambda):
     other = torch.where(gvm.with_start(mask), values, 1e6)
     found = [gvm.td_targets(v, mask, reward, discount=0.9, td_lambda=td_lambda) for v in (values, other)]
     assert torch.equal(*found)
-    losses = [gvm.value_loss(v, found[0], gvm.with_start(mask), sum(lengths)) for v in (values, other)]
+    losses = [gvm.value_loss(v, found[0], gvm.with_start(mask) / sum(lengths)) for v in (values, other)]
     assert torch.equal(*losses)
 
 
@@ -125,14 +125,31 @@ def test_value_loss_equals_a_loop_and_with_start_counts_the_last_prompt_token():
     counted = gvm.with_start(mask)
     assert counted.shape == values.shape and counted.sum(1).tolist() == [length + 1 for length in lengths]
     assert int(counted.sum()) == count
-    assert float(gvm.value_loss(values, target, counted, count)) == pytest.approx(total / count, rel=1e-12)
+    assert float(gvm.value_loss(values, target, counted / count)) == pytest.approx(total / count, rel=1e-6)
+    weights = gvm.loss_weights(counted, torch.tensor([True] * len(lengths)), count, len(lengths), 0.0)
+    assert float(gvm.value_loss(values, target, weights)) == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_outcome_has_its_share_of_the_loss_whatever_the_lengths(share):
+    lengths, mask, values, reward = ragged(8)
+    target, ended = gvm.td_targets(values, mask, reward, td_lambda=0.5), torch.tensor([i % 3 > 0 for i in range(7)])
+    errors = [[float(target[i, t] - values[i, t]) ** 2 for t in range(T + 1)] for i, T in enumerate(lengths)]
+    every = sum(map(sum, errors)) / (sum(lengths) + len(lengths))
+    outcome = sum(e[-1] for e, whole in zip(errors, ended, strict=True) if whole) / int(ended.sum())
+    weights = gvm.loss_weights(gvm.with_start(mask), ended, sum(lengths) + len(lengths), int(ended.sum()), share)
+    assert float(weights.sum()) == pytest.approx(1, rel=1e-6)
+    expected = (1 - share) * every + share * outcome
+    assert float(gvm.value_loss(values, target, weights)) == pytest.approx(expected, rel=1e-5)
+    none = gvm.loss_weights(gvm.with_start(mask), ended & False, sum(lengths) + len(lengths), 0, share)
+    assert float(gvm.value_loss(values, target, none)) == pytest.approx(every, rel=1e-5)  # all cut: tokens alone
 
 
 def test_value_loss_by_hand():
     values, mask = torch.tensor([[0.5, 1.0, 2.0], [0.0, -1.0, 9.0]]), torch.tensor([[True, True], [True, False]])
     target = gvm.td_targets(values, mask, torch.tensor([3.0, -2.0]), td_lambda=0.0)
     # targets 1, 2, 3 and -1, -2: squares 0.25 + 1 + 1 and 1 + 1, over 5 positions
-    assert float(gvm.value_loss(values, target, gvm.with_start(mask), 5)) == pytest.approx(0.85)
+    assert float(gvm.value_loss(values, target, gvm.with_start(mask) / 5)) == pytest.approx(0.85)
 
 
 @pytest.mark.parametrize("td_lambda", [0.0, 1.0])
@@ -148,7 +165,7 @@ def test_value_norm_batch_is_finite_with_a_head_of_zeros(td_lambda):
     assert not values.any()
     values = torch.cat([values[:, :1], normalize_values(values[:, 1:], batch.mask[:, 1:])], 1)
     target = gvm.td_targets(values, batch.mask[:, 1:], torch.tensor([1.0, -1.0]), td_lambda=td_lambda)
-    loss = gvm.value_loss(values, target, batch.mask, 7)
+    loss = gvm.value_loss(values, target, batch.mask / 7)
     loss.backward()
     assert torch.isfinite(loss) and loss > 0
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -303,9 +303,9 @@ def test_padding_on_the_right_changes_no_value_and_no_loss(home):
     for one, v in zip(alone, values, strict=True):
         assert torch.allclose(together[at : at + len(v), : v.shape[1]], v, atol=2e-6)
         target = gvm.td_targets(v, one.mask[:, 1:], reward[at : at + len(v)], td_lambda=0.5)
-        total, at = total + gvm.value_loss(v, target, one.mask, 60), at + len(v)
+        total, at = total + gvm.value_loss(v, target, one.mask / 60), at + len(v)
     target = gvm.td_targets(together, batch.mask[:, 1:], reward, td_lambda=0.5)
-    assert float(gvm.value_loss(together, target, batch.mask, 60)) == pytest.approx(float(total), rel=1e-5)
+    assert float(gvm.value_loss(together, target, batch.mask / 60)) == pytest.approx(float(total), rel=1e-5)
 
 
 def test_padding_on_the_right_changes_no_reward(home):
@@ -542,7 +542,7 @@ def test_the_value_at_eos_is_read_and_a_label_reaches_the_model_through_it(home,
     for label in (0.0, 1.0):  # with one-step targets only the last cell knows the label
         values = model(batch)
         target = gvm.td_targets(values, batch.mask[:, 1:], torch.tensor([label, 0.5]), td_lambda=0.0)
-        gradients.append(torch.autograd.grad(gvm.value_loss(values, target, batch.mask, 1), values)[0])
+        gradients.append(torch.autograd.grad(gvm.value_loss(values, target, batch.mask), values)[0])
     changed = (gradients[0] != gradients[1]).nonzero().tolist()
     assert changed == [[0, int(last[0])]] and float((gradients[0] - gradients[1])[0, last[0]]) == pytest.approx(2.0)
 
@@ -557,6 +557,26 @@ def test_the_value_at_eos_is_read_and_a_label_reaches_the_model_through_it(home,
     assert distance(one, two) > 1e-4
     configs = [json.loads((folder / "final" / "config.json").read_text()) for folder in (one, two)]
     assert configs[0]["reward_mean"] == pytest.approx(configs[1]["reward_mean"])
+
+
+def test_a_cut_response_pays_the_eos_penalty_at_its_last_value(home, tmp_path, monkeypatch):
+    seen = []
+    for penalty in (0.0, 2.0):
+        found = spy(monkeypatch, dvpo, "advantages", lambda out, values, kl, mask, **_: (values.clone(), mask))
+        run(home, "dvpo", tmp_path / str(penalty), steps=1, eos_penalty=penalty)
+        seen.append(found[0])
+    (plain, mask), (less, _) = seen
+    ended = run(home, "dvpo", tmp_path / "again", steps=1) / "metrics.jsonl"
+    share = json.loads(ended.read_text().splitlines()[0])["eos_share"]
+    paid = plain - less
+    last = mask.sum(1)
+    cut = paid[torch.arange(len(last)), last]
+    assert (
+        0 < share < 1
+        and cut.mean() == pytest.approx(2 * (1 - share), abs=1e-5)
+        and set(cut.round().tolist()) == {0.0, 2.0}
+    )
+    assert paid.abs().sum() == pytest.approx(cut.sum(), abs=1e-4)  # nothing else moves
 
 
 # ------------------------------------------------------------------------------------------------------------------- tau

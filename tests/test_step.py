@@ -25,7 +25,7 @@ def test_a_method_is_measured_in_processes_of_its_own(tmp_path):
     sizes = {"rollout_batch_size": 4, "batch_size": 2, "micro_tokens": 64, "prompt_tokens": 8, "response_tokens": 6}
     flags = [part for name, value in sizes.items() for part in (f"--{name}", value)]
     out = tmp_path / "step.json"
-    done = call("--algo", "ppo", "--steps", 2, "--warmup", 1, *flags, "--output", out)
+    done = call("--algo", "ppo", "--rounds", 2, "--steps", 1, "--warmup", 1, *flags, "--output", out)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(out.read_text())
     (row,) = report["rows"]

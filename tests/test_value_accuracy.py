@@ -110,7 +110,7 @@ def test_the_toy_world(tmp_path, capsys, monkeypatch):
         and found["pairs"] == brute(rows, "length")[1]
     )
 
-    scores = winrate.reward_scores(reward, [(p, text) for _, p, text, _ in texts], value_accuracy.Args())
+    scores = winrate.reward_scores(reward, [(p, {"text": text}) for _, p, text, _ in texts], value_accuracy.Args())
     rows = [(p, score, {"rm": x}) for (_, p, _, score), x in zip(texts, scores)]
     assert found["reward_model"]["mean"] == pytest.approx(brute(rows, "rm")[0])
 

@@ -168,10 +168,15 @@ def test_by_a_reward_model(tmp_path):
     wins = [score(p, x) > score(p, y) for p in prompts for x, y in zip(*texts)]
     assert 0 < np.mean(wins) < 1 and found["groups"]["all"]["win"]["mean"] == pytest.approx(np.mean(wins))
     assert found["judge"] == folder
-    pairs = [(p, t) for p in prompts for t in texts[0]]
+    pairs = [(p, {"text": t}) for p in prompts for t in texts[0]]
     args = samples.Sampling()
     one_by_one = [winrate.reward_scores(folder, [pair], args)[0] for pair in pairs[:3]]
     assert np.allclose(winrate.reward_scores(folder, pairs, args)[:3], one_by_one, atol=1e-5)
+    bare = [{"role": "user", "content": prompts[0]}, {"role": "assistant", "content": texts[0][0]}]
+    ids = tokenizer.apply_chat_template(bare, return_dict=False)[:-1]  # a cut text has no end that could be read
+    cut = winrate.reward_scores(folder, [(prompts[0], {"text": texts[0][0], "complete": False})], args)
+    assert cut == pytest.approx(model(torch.tensor([ids])).logits.flatten().tolist(), abs=1e-5)
+    assert abs(cut[0] - one_by_one[0]) > 1e-4
 
 
 @pytest.mark.skipif(not DATA.is_file(), reason="no real data here")
