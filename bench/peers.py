@@ -180,7 +180,7 @@ def replay(module, folder: Path, log: Log):
         return [(ids, [0.0] * len(ids)) for ids, _ in drawn]  # log-probs of generation are for a metric only
 
     def scored(found, _, rows, *args):
-        log.logps.append(float(found[0].sum()) / sum(len(response) for _, response in rows))
+        log.logps.append(float(found[0].sum()) / sum(len(row[1]) for row in rows))
 
     reward = {"mean": 0.0, "std": 1.0, "model": None, "__call__": lambda *_: list(scores)}
     module.Rollouts, module.TextReward = lambda *_, **__: draw, lambda *_: type("Replayed", (), reward)()

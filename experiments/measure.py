@@ -1,4 +1,6 @@
-"""What a run of experiments/toy.py is worth, kept beside it as measured.json.
+"""What a run of experiments/run.py is worth, kept beside it as measured.json.
+
+    python experiments/measure.py runs/experiments/seed10          # every run there that is finished
 
 A policy: reward, KL, misalignment, length and diversity on the held-out prompts (eval/demo.py), a point for each snapshot, what
 it learned from on its own prompts, and how the GVM and the reward model read its finished texts. A value model: its
@@ -43,9 +45,7 @@ class Bench:
         )
         row, drawn = grade(run / "final", demo.SAMPLES)
         row["reading"] = self.reading(drawn)
-        row["points"] = demo.frontier(
-            run, self.reference, self.prompts, self.ids, self.rewards, self.args, self.seed
-        )
+        row["points"] = demo.frontier(run, self.reference, self.prompts, self.ids, self.rewards, self.args, self.seed)
         if (run / "final").parent.name == "sft":
             row["best_of_n"] = demo.best_of_n(drawn, self.rewards)
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -67,19 +67,28 @@ class Bench:
         others = lambda i: [texts[(i + (j + 1) * demo.SAMPLES) % n] for j in range(pairs)]
         for name, tau in (("gvm", others), ("gvm_no_tau_shown", lambda i: [])):
             cases = [(*texts[i], tau(i)) for i in range(n)]
-            values = demo.gvm_values(self.folder / "gvm" / "final", cases, self.tokenizer, self.reference.args)
+            values = self.values(self.folder / "gvm", cases)
             said[name] = np.array([v[-1] for v in values])
         whole = lambda x, keep: float(np.corrcoef(x[keep], gold[keep])[0, 1])
-        return {
-            name: {"all": whole(x, np.ones(n, bool)), "well_formed": whole(x, fine)} for name, x in said.items()
-        }
+        return {name: {"all": whole(x, np.ones(n, bool)), "well_formed": whole(x, fine)} for name, x in said.items()}
 
     def value_model(self, run: Path) -> dict:
-        grade = lambda policies: demo.grade_gvm(
-            run / "final", self.tokenizer, self.reference.args, self.seed, policies
-        )
-        found = grade(toy.TRAIN_POLICIES) | {"held_out_policies": grade(toy.HELD_OUT_POLICIES)}
-        return found | {"crowd": grade(("crowd", "enthusiast"))}
+        """Fit to the exact values: by whose tau (eval/demo.py), and by how many pairs of the writer's."""
+        grade = lambda policies: demo.grade_gvm(run / "final", self.tokenizer, self.reference.args, self.seed, policies)
+        found = grade(toy.TRAIN_POLICIES) | {"held_out_policies": grade(toy.HELD_OUT_POLICIES), "pairs_shown": {}}
+        pairs = json.loads((run / "final" / "config.json").read_text())["tau_pairs"]
+        kinds = {"train": toy.TRAIN_POLICIES, "held_out": toy.HELD_OUT_POLICIES, "crowd": ("crowd",)}
+        for kind, policies in kinds.items():
+            texts = [x for x in demo.value_texts(sorted({*policies, "grouch"}), self.seed) if x[0] in policies]
+            exact = [toy.exact_values(p, prompt, text.split() + [toy.EOS])[1:] for p, prompt, text, *_ in texts]
+            found["pairs_shown"][kind] = {
+                k: demo.fit(list(zip(self.values(run, [(x[1], x[2], x[3][:k]) for x in texts]), exact, strict=True)))
+                for k in range(pairs + 1)
+            }
+        return found
+
+    def values(self, run: Path, cases):
+        return demo.gvm_values(run / "final", cases, self.tokenizer, self.reference.args)
 
 
 def measured(bench: Bench, name: str) -> dict | None:
@@ -96,5 +105,26 @@ def measured(bench: Bench, name: str) -> dict | None:
         else:
             return None
         found["summary"] = json.loads((run / "summary.json").read_text())
-        kept.write_text(json.dumps(found, indent=1) + "\n")
+        kept.write_text(json.dumps(rounded(found)) + "\n")
     return json.loads(kept.read_text())
+
+
+def rounded(x):
+    """To four significant digits: what is committed."""
+    if isinstance(x, dict):
+        return {key: rounded(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [rounded(value) for value in x]
+    return float(f"{x:.4g}") if isinstance(x, float) else x
+
+
+def main():
+    folder = Path(sys.argv[1])
+    bench = Bench(folder, json.loads((folder / "sft" / "args.json").read_text())["seed"])
+    for run in sorted(folder.iterdir()):
+        if "." not in run.name:  # NAME.1 is an earlier run, moved aside
+            measured(bench, run.name)
+
+
+if __name__ == "__main__":
+    main()

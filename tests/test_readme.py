@@ -125,3 +125,24 @@ def test_what_it_names_exists():
         assert (ROOT / path).is_file(), path
     for target in re.findall(r"`?make ([\w-]+)", README):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def peers_table() -> str:
+    """What docs/speed.md shows of bench/results/peers.json."""
+    lines = [
+        "| | ours | ours, padded | TRL | TRL, selecting | memory: TRL | TRL, selecting |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    for row in json.loads((ROOT / "bench" / "results" / "peers.json").read_text())["rows"]:
+        seconds = {side: statistics.median(x) for side, x in row["seconds"].items()}
+        time = lambda side, s=seconds, r=row: (
+            f"{s[side]:.1f} s ({r['ratio'][side]['seconds']:.2f})" if side in s else ""
+        )
+        memory = lambda side, r=row: f"({r['ratio'][side]['memory']:.2f})" if side in r["ratio"] else ""
+        cells = [f"{seconds['ours']:.1f} s", time("ours_padded"), time("trl"), time("trl_selected")]
+        lines.append(f"| {row['method']} | {' | '.join([*cells, memory('trl'), memory('trl_selected')])} |")
+    return "\n".join(lines)
+
+
+def test_peers():
+    assert peers_table() in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")

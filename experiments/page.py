@@ -1,0 +1,301 @@
+"""Tables and pictures of EXPERIMENTS.md and of the README's toy world, from experiments/*.json.
+
+python experiments/page.py            # rewrites what stands between <!-- table NAME --> and <!-- end -->, and docs/*.png
+python experiments/page.py --check    # says what differs, writes nothing; exit code 1 if something does
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+# 97.5 % quantile of Student's t for n - 1 degrees of freedom
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+NAMES = {
+    "sft": "SFT", "dvpo": "DVPO, `gae`", "dvpo_q": "DVPO, `q` (paper)", "ppo": "PPO", "remax": "ReMax", "rloo": "RLOO",
+    "grpo": "GRPO", "reinforce++": "REINFORCE++", "vcb": "VCB", "dpo": "DPO", "ipo": "IPO", "slic": "SLiC", "rrhf": "RRHF",
+    "rest": "ReST", "ppo_gold": "PPO, gold reward", "dvpo_exact_q": "DVPO, exact Q of the SFT mixture",
+    "dvpo_lam_1": "`gae`, λ = 1 (Q_T − V)", "dvpo_q_minus_v": "`gae`, λ = 0 (Q − V)", "dvpo_q_position": "`q` less its position's mean",
+    "dvpo_q_start": "`q` less V(s_1)", "dvpo_released": "the released code's form", "dvpo_no_tau": "GVM trained without τ",
+    "dvpo_no_tau_shown": "GVM trained with τ, none shown", "dvpo_other_tau": "another policy's τ", "dvpo_all_tokens": "no outcome share",
+    "dvpo_td_95": "TD(0.95)", "dvpo_td_0": "TD(0), eq. 1", "dvpo_eq_2": "eq. 2 in the loss", "vcb_full": "VCB, all i ≠ j",
+    "vcb_mean": "VCB, mean of pairs", "dpo_length_penalty": "DPO, length penalty 0.1",
+}  # fmt: skip
+
+
+class Found:
+    """experiments/toy.json: what runs measured, a number a seed."""
+
+    def __init__(self, report: dict):
+        self.runs, self.seeds, self.code = report["runs"], report["seeds"], report["code"]
+
+    def numbers(self, run: str, *path) -> np.ndarray:
+        """One number a seed, NaN where the run or the number is missing."""
+        out = []
+        for seed in self.seeds:
+            value = self.runs.get(run, {}).get(str(seed))
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            out.append(math.nan if value is None else float(value))
+        return np.array(out)
+
+
+def interval(x: np.ndarray) -> tuple[float, float, float]:
+    """Mean and 95 % interval over seeds."""
+    x = x[~np.isnan(x)]
+    if len(x) < 2:
+        return (float(x[0]) if len(x) else math.nan), math.nan, math.nan
+    half = T95[len(x)] * x.std(ddof=1) / len(x) ** 0.5
+    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
+
+def shown(x: np.ndarray, digits: int = 2, percent: bool = False, bounds: bool = True) -> str:
+    mean, low, high = (v * 100 if percent else v for v in interval(np.asarray(x, float)))
+    if math.isnan(mean):
+        return "–"
+    text = f"{mean:.{digits}f}{' %' if percent else ''}"
+    text += f" [{low:.{digits}f}, {high:.{digits}f}]" if bounds and not math.isnan(low) else ""
+    return text.replace("-", "−")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+COLUMNS = {  # title -> (path, digits, in per cent, with interval)
+    "gold reward": (("gold", "mean"), 2, False, True),
+    "proxy (RM)": (("proxy", "mean"), 2, False, False),
+    "KL to SFT": (("kl",), 1, False, True),
+    "malformed": (("malformed",), 1, True, True),
+    "misaligned": (("misaligned",), 1, True, False),
+    "misaligned (gold)": (("misaligned_gold",), 1, True, False),
+    "tokens": (("length",), 1, False, False),
+    "EAD": (("diversity", "ead"), 2, False, False),
+    "Self-BLEU-2": (("diversity", "self_bleu_2"), 2, False, False),
+}
+
+
+def policies(
+    found: Found, names, columns=("gold reward", "KL to SFT", "malformed", "tokens"), against: str = ""
+) -> str:
+    head = ["", *columns, *([f"gold − {NAMES[against]}, paired"] if against else [])]
+    rows = []
+    for name in names:
+        row = [NAMES.get(name, f"`{name}`")]
+        row += [shown(found.numbers(name, *COLUMNS[c][0]), *COLUMNS[c][1:]) for c in columns]
+        if against:
+            gap = found.numbers(name, "gold", "mean") - found.numbers(against, "gold", "mean")
+            row.append("–" if name == against else shown(gap))
+        rows.append(row)
+    return table(head, rows)
+
+
+def at_kl(found: Found, name: str, kl: float) -> np.ndarray:
+    """Gold reward at this KL, between the points of a run's snapshots (from SFT at 0), one number a seed."""
+    out = []
+    for seed in found.seeds:
+        row = found.runs.get(name, {}).get(str(seed))
+        start = found.runs["sft"][str(seed)]["gold"]["mean"]
+        points = [(0.0, start)] + [(p["kl"], p["gold"]) for p in row["points"]] if row else []
+        points = sorted(points + ([(row["kl"], row["gold"]["mean"])] if row else []))
+        inside = points and points[-1][0] >= kl
+        out.append(float(np.interp(kl, *zip(*points, strict=True))) if inside else math.nan)
+    return np.array(out)
+
+
+def equal_kl(found: Found, names, levels=(1.0, 2.0, 3.0, 4.0)) -> str:
+    rows = [[NAMES.get(name, name), *(shown(at_kl(found, name, kl)) for kl in levels)] for name in names]
+    return table(["gold reward at a KL of", *(f"{kl:.0f} nats" for kl in levels)], rows)
+
+
+def curve(found: Found, name: str, key: str = "gold") -> np.ndarray:
+    """(seeds, steps)."""
+    rows = [found.runs[name][str(seed)]["curve"] for seed in found.seeds]
+    return np.array([[step[key] for step in row] for row in rows])
+
+
+def steps_to(found: Found, name: str, share: float = 0.95, window: int = 10) -> np.ndarray:
+    """The step at which a run's ten-step mean first comes so far of the way from SFT to PPO's plateau (its last ten), a number a
+    seed; NaN where it never does."""
+    out = []
+    for seed, one, ppo in zip(found.seeds, curve(found, name), curve(found, "ppo"), strict=True):
+        start = found.runs["sft"][str(seed)]["gold"]["mean"]
+        goal = start + share * (ppo[-window:].mean() - start)
+        means = np.convolve(one, np.ones(window) / window, "valid")
+        there = np.flatnonzero(means >= goal)
+        out.append(float(there[0] + window) if len(there) else math.nan)
+    return np.array(out)
+
+
+def plateau(found: Found, names) -> str:
+    rows = []
+    for name in names:
+        steps, reading = steps_to(found, name), found.numbers(name, "summary", "seconds")
+        reached = f"{(~np.isnan(steps)).sum()} of {len(steps)}"
+        worst = np.nanmin(found.numbers(name, "gold", "mean"))
+        rows.append([NAMES[name], shown(steps, 0), reached, f"{worst:.2f}", shown(reading, 0, bounds=False)])
+    return table(
+        ["", "steps to 95 % of PPO's plateau", "seeds that reach it", "gold of the worst seed", "seconds"], rows
+    )
+
+
+def values(found: Found, names) -> str:
+    rows = []
+    for name, label in names:
+        for which, text in (("right_tau", "the writer's τ"), ("other_tau", "another's τ"), ("no_tau", "no τ")):
+            path = [(which, span, kind) for kind in ("correlation", "mse") for span in ("all", "first3")]
+            cells = [shown(found.numbers(name, *p), 3) for p in path]
+            if cells[0] != "–":
+                rows.append([f"{label}, {text}", *cells])
+    return table(["GVM", "correlation, all tokens", "first three", "MSE, all tokens", "first three"], rows)
+
+
+def pairs_shown(found: Found) -> str:
+    rows = []
+    for kind, title in (
+        ("train", "policies it was trained on"),
+        ("held_out", "never seen"),
+        ("crowd", "a mixture (as SFT)"),
+    ):
+        row = [title]
+        for k in (0, 1, 2):
+            row.append(shown(found.numbers("gvm", "pairs_shown", kind, str(k), "all", "correlation"), 3))
+        for k in (0, 1, 2):
+            row.append(shown(found.numbers("gvm", "pairs_shown", kind, str(k), "first3", "mse"), 3, bounds=False))
+        rows.append(row)
+    head = [f"correlation, τ of {k}" for k in (0, 1, 2)] + [f"MSE of the first three, τ of {k}" for k in (0, 1, 2)]
+    return table(["texts by", *head], rows)
+
+
+def readings(found: Found, names) -> str:
+    rows = []
+    for name in names:
+        cells = [
+            shown(found.numbers(name, "reading", who, which), bounds=False)
+            for which in ("all", "well_formed")
+            for who in ("gvm", "gvm_no_tau_shown", "rm")
+        ]
+        rows.append([NAMES.get(name, name), shown(found.numbers(name, "kl"), 1, bounds=False), *cells])
+    head = ["texts of", "KL to SFT", "Q_T", "Q_T, no τ shown", "RM", "Q_T, well-formed", "no τ shown", "RM"]
+    return table(head, rows)
+
+
+def tuning(report: dict) -> str:
+    rows = []
+    for name, tried in report["methods"].items():
+        best = next(row for row in tried if row["chosen"])
+        rest = [f"{row['kl']:.1f}" for row in tried]
+        rows.append(
+            [
+                NAMES[name],
+                best["kl_coef"],
+                best["learning_rate"],
+                f"{best['seen']:.2f}",
+                f"{best['kl']:.1f}",
+                ", ".join(rest),
+            ]
+        )
+    return table(["", "β", "learning rate", "what it saw, last ten steps", "KL", "KL of the six settings"], rows)
+
+
+def sentiment(report: dict) -> str:
+    rows = {}
+    for name, row in report["policies"].items():
+        rows.setdefault(name.split("-")[0], []).append(row)
+    out = []
+    for name, found in rows.items():
+        mean = lambda *path, found=found: np.array([_dig(row, path) for row in found])
+        out.append([f"{NAMES[name]}{f', {len(found)} seeds' if len(found) > 1 else ''}", shown(mean("gold", "mean")),
+                    shown(mean("tone"), bounds=False), shown(mean("fluent"), 0, True, False), shown(mean("kl"), 1, bounds=False),
+                    shown(mean("base_perplexity"), 0, bounds=False), shown(mean("length"), 1, bounds=False)])  # fmt: skip
+    return table(["", "gold reward", "VADER", "fluent", "KL to SFT", "perplexity (base model)", "tokens"], out)
+
+
+def _dig(row, path):
+    for key in path:
+        row = row[key]
+    return row
+
+
+ON = ("dvpo", "dvpo_q", "ppo", "remax", "rloo", "grpo", "reinforce++")
+OFF = ("vcb", "dpo", "ipo", "slic", "rrhf", "rest")
+FULL = ("gold reward", "proxy (RM)", "KL to SFT", "malformed", "misaligned", "misaligned (gold)", "tokens", "EAD")
+
+
+def gammas(found: Found) -> list[str]:
+    return sorted(name for name in found.runs if "_gamma_" in name)
+
+
+def tables() -> dict[str, callable]:
+    """Name -> the text of a table, for each results file that is there."""
+    load = lambda name: json.loads((ROOT / "experiments" / f"{name}.json").read_text())
+    there = {path.stem for path in (ROOT / "experiments").glob("*.json")}
+    made = {}
+    if "tuning" in there:
+        made["tuning"] = lambda: tuning(load("tuning"))
+    if "sentiment" in there:
+        made["sentiment"] = lambda: sentiment(load("sentiment"))
+    if "toy" in there:
+        toy = Found(load("toy"))
+        made |= {
+            "methods": lambda: policies(toy, ("sft", *ON, *OFF), FULL),
+            "headline": lambda: policies(toy, ("sft", "dvpo", "dvpo_q", "ppo")),
+            "values": lambda: values(toy, [("gvm", "trained with τ"), ("gvm_no_tau", "trained without")]),
+            "pairs": lambda: pairs_shown(toy),
+            "tau_policy": lambda: policies(toy, ("dvpo", "dvpo_no_tau_shown", "dvpo_no_tau", "dvpo_other_tau"), against="dvpo"),
+            "readings": lambda: readings(toy, ("sft", "dvpo", "ppo", "grpo")),
+            "targets": lambda: values(
+                toy, [("gvm", "outcome share 0.5"), ("gvm_all_tokens", "no outcome share"), ("gvm_td_95", "TD(0.95)"), ("gvm_td_0", "TD(0)"), ("gvm_eq_2", "eq. 2")]
+            ),
+            "targets_policy": lambda: policies(toy, ("dvpo", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0", "dvpo_eq_2"), against="dvpo"),
+            "ladder": lambda: policies(toy, ("dvpo_exact_q", "ppo_gold", "dvpo", "dvpo_no_tau", "ppo"), against="ppo"),
+            "equal_kl": lambda: equal_kl(toy, ON),
+            "plateau": lambda: plateau(toy, ON),
+            "advantages": lambda: policies(
+                toy, ("dvpo", "dvpo_lam_1", "dvpo_q_minus_v", "dvpo_q", "dvpo_q_position", "dvpo_q_start", "dvpo_released"), against="dvpo"
+            ),
+            "off_policy": lambda: policies(toy, (*OFF, *gammas(toy)), FULL),
+            "off_equal_kl": lambda: equal_kl(toy, OFF, (0.5, 1.0, 1.5, 2.0)),
+            "vcb": lambda: policies(toy, ("vcb", "vcb_n_2", "vcb_n_4", "vcb_n_8", "vcb_full", "vcb_mean"), FULL, against="vcb"),
+            "betas": lambda: policies(toy, sorted(n for n in toy.runs if "_beta_" in n), ("gold reward", "proxy (RM)", "KL to SFT", "malformed")),
+            "length": lambda: policies(toy, ("sft", "dpo", "dpo_length_penalty"), ("gold reward", "tokens", "KL to SFT"), against="dpo"),
+        }  # fmt: skip
+    return made
+
+
+MARK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def rewritten(text: str, made: dict) -> str:
+    """The page with each table that can be made anew."""
+    fill = lambda m: f"{m[1]}{made[m[2]]()}\n{m[3]}" if m[2] in made else m[0]
+    return MARK.sub(fill, text)
+
+
+def main():
+    made, wrong = tables(), []
+    for name in ("EXPERIMENTS.md", "README.md"):
+        path = ROOT / name
+        if not path.is_file():
+            continue
+        old = path.read_text(encoding="utf-8")
+        new = rewritten(old, made)
+        if new != old:
+            wrong.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf-8")
+    print(
+        "\n".join(f"{name} {'differs' if '--check' in sys.argv else 'rewritten'}" for name in wrong) or "nothing to do"
+    )
+    raise SystemExit(bool(wrong) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    main()

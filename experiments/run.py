@@ -1,0 +1,317 @@
+"""The toy world's experiments: every run that EXPERIMENTS.md speaks of, for each seed, gathered in experiments/toy.json.
+
+    python experiments/run.py --plan              # what is to be run and about how long that takes
+    python experiments/run.py                     # seeds 10 to 14; finished runs are kept, so it goes on where it stopped
+    python experiments/run.py --tune              # the grid that the settings below were chosen by, seeds 0 and 1: tuning.json
+
+Settings were chosen on seeds 0 and 1, with as many trials for each method, by what the method itself can see (Q_T, the
+reward model's score) on the prompts it trains on, among settings whose KL stayed below KL_BUDGET; the gold reward of the
+held-out prompts decided nothing. A seed draws data, initial weights, samples and graded texts anew, everything but the prompts.
+Two runs at a time, one thread each. All numbers of one results file come from one state of the code: see `same_code`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+FOLDER = ROOT / "runs" / "experiments"
+SEEDS, TUNING = (10, 11, 12, 13, 14), (0, 1)
+KL_BUDGET = 5.5  # nats a response
+
+
+@dataclass
+class Run:
+    """One call of a script. In flags, {name} is the folder `final` of that run, which must come first."""
+
+    script: str
+    flags: str = ""
+    seconds: int = 90  # on one core, for --plan
+
+    def needs(self) -> list[str]:
+        return list(dict.fromkeys(re.findall(r"\{([\w.+-]+)\}", self.flags)))
+
+
+def teachers() -> dict[str, Run]:
+    value = lambda flags, seconds=400: Run("gvm", f"--model {{sft}} {flags}", seconds)
+    return {
+        "sft": Run("sft", "", 120),
+        "gvm": value(""),
+        "rm": Run("rm", "--model {sft}", 160),
+        "sample": Run("sample", "--policy {sft} --reward_model {rm} --data toy,toy,toy --n 16", 40),
+        "gvm_no_tau": value("--tau_pairs 0", 200),
+        "gvm_all_tokens": value("--outcome_share 0"),
+        "gvm_td_0": value("--outcome_share 0 --td_lambda 0"),
+        "gvm_td_95": value("--outcome_share 0 --td_lambda 0.95"),
+        "gvm_eq_2": value("--outcome_share 0 --value_norm batch --micro_tokens 16384"),
+    }
+
+
+ON_POLICY = {  # method -> (script, its own flags, how many settings are tried: KL coefficients x learning rates)
+    "dvpo": ("dvpo", "--gvm {gvm}"),
+    "dvpo_q": ("dvpo", "--gvm {gvm} --advantage q"),
+    "ppo": ("ppo", "--reward_model {rm}"),
+    "remax": ("reinforce", "--baseline remax --reward_model {rm}"),
+    "rloo": ("reinforce", "--baseline rloo --reward_model {rm}"),
+    "grpo": ("reinforce", "--baseline grpo --reward_model {rm}"),
+    "reinforce++": ("reinforce", "--baseline reinforce++ --reward_model {rm}"),
+}
+GRID = [(beta, rate) for rate in ("2e-4", "4e-4") for beta in ("0.05", "0.1", "0.2")]
+CHOSEN = {name: ("0.1", "2e-4") for name in ON_POLICY}  # from tuning.json
+
+
+def policy(name: str, *, beta: str = "", snapshots: int = 20) -> Run:
+    script, flags = ON_POLICY[name]
+    chosen, rate = CHOSEN[name]
+    flags = f"--policy {{sft}} {flags} --kl_coef {beta or chosen} --learning_rate {rate} --snapshot_every {snapshots}"
+    return Run(script, flags, 100)
+
+
+def same_code() -> str:
+    """A mark of all that makes the numbers: the scripts, the world, the kernels and what measures."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), ROOT / "experiments" / "measure.py"]
+    files += [ROOT / "eval" / f"{name}.py" for name in ("demo", "calibration", "diversity")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
+
+
+def runs_to_tune() -> dict[str, Run]:
+    found = {name: run for name, run in teachers().items() if name in ("sft", "gvm", "rm")}
+    for name, (script, flags) in ON_POLICY.items():
+        for beta, rate in GRID:
+            settings = f"--policy {{sft}} {flags} --kl_coef {beta} --learning_rate {rate}"
+            found[f"{name}-{beta}-{rate}"] = Run(script, settings, 100)
+    return found
+
+
+@dataclass
+class Job:
+    """One process: done when its folder holds a summary.json, or the file it is to make."""
+
+    words: list[str]
+    folder: Path
+    needs: list[str]
+    seconds: int
+    makes: str = "summary.json"
+
+    def done(self) -> bool:
+        return (self.folder / self.makes).is_file()
+
+
+def job(name: str, run: Run, seed: int) -> Job:
+    base = FOLDER / f"seed{seed}"
+    flags, needs = run.flags, run.needs()
+    for need in needs:
+        path = base / need / ("graded.jsonl" if need == "sample" else "final")
+        flags = flags.replace(f"{{{need}}}", str(path))
+    program = [str(ROOT / f"{run.script}.py")]
+    if not Path(program[0]).is_file():
+        program = [str(ROOT / "experiments" / "variants.py"), run.script]
+    words = [sys.executable, *program, *flags.split(), "--seed", str(seed), "--output_dir", str(base / name)]
+    return Job(words, base / name, [f"{seed}/{need}" for need in needs], run.seconds)
+
+
+def execute(jobs: dict[str, Job], workers: int = 2) -> bool:
+    """All jobs, the first that is ready first; False if one failed, which leaves out what needs it."""
+    code, started = same_code(), time.time()
+    done = {name for name, job in jobs.items() if job.done()}
+    waiting, running, failed, lock = [name for name in jobs if name not in done], set(), [], threading.Condition()
+    total = sum(jobs[name].seconds for name in waiting)
+    print(f"{len(done)} runs are done, {len(waiting)} to go: about {total / 60 / workers:.0f} minutes", flush=True)
+
+    def take():
+        while True:
+            name = next((name for name in waiting if done.issuperset(jobs[name].needs)), None)
+            if name or not running:
+                return name
+            lock.wait()
+
+    def work():
+        while True:
+            with lock:
+                name = take()
+                if name is None:
+                    return
+                waiting.remove(name)
+                running.add(name)
+            job, begun = jobs[name], time.time()
+            log = job.folder.parent / "logs" / f"{job.folder.name}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "w") as file:
+                environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+                ended = subprocess.run(job.words, cwd=ROOT, env=environment, stdout=file, stderr=file).returncode
+            with lock:
+                running.discard(name)
+                if ended or not job.done():
+                    failed.append(f"{name} failed: see {log}")
+                elif same_code() != code:
+                    failed.append(f"{name}: the code has changed meanwhile; remove {job.folder} and begin again")
+                else:
+                    done.add(name)
+                lock.notify_all()
+                left = sum(jobs[x].seconds for x in (*waiting, *running))
+            print(f"{name}: {time.time() - begun:.0f} s; about {left / 60 / workers:.0f} minutes to go", flush=True)
+
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print("\n".join([*failed, f"{time.time() - started:.0f} s"]))
+    return not failed and not waiting
+
+
+def runs() -> dict[str, Run]:
+    """Every run of a seed, the most asked for first."""
+    found = teachers()
+    for name in ON_POLICY:
+        found[name] = policy(name)
+    for name, flags in OFF_POLICY.items():
+        found[name] = Run(
+            flags.split()[0], f"--policy {{sft}} --data {{sample}} {flags.partition(' ')[2]} --snapshot_every 48", 60
+        )
+    dvpo = lambda flags, script="dvpo": Run(script, f"--policy {{sft}} {flags} {SETTINGS('dvpo')}", 100)
+    found |= {
+        # question 3: where the loss is. 4: advantages
+        "dvpo_exact_q": dvpo("--gvm {gvm}", "exact_q"),
+        "ppo_gold": Run("ppo", f"--policy {{sft}} --reward_model gold {SETTINGS('ppo')}", 100),
+        "dvpo_lam_1": dvpo("--gvm {gvm} --lam 1"),
+        "dvpo_q_minus_v": dvpo("--gvm {gvm} --lam 0"),
+        "dvpo_q_position": dvpo("--gvm {gvm} --advantage q --baseline position"),
+        "dvpo_q_start": dvpo("--gvm {gvm} --advantage q --baseline start"),
+        "dvpo_released": dvpo("--gvm {gvm_no_tau}", "released"),
+        # question 1: what tau does for the policy
+        "dvpo_no_tau": dvpo("--gvm {gvm_no_tau}"),
+        "dvpo_no_tau_shown": dvpo("--gvm {gvm} --tau_pairs 0"),
+        "dvpo_other_tau": dvpo("--gvm {gvm}", "other_tau"),
+        # question 2: what the targets do for the policy
+        "dvpo_all_tokens": dvpo("--gvm {gvm_all_tokens}"),
+        "dvpo_td_95": dvpo("--gvm {gvm_td_95}"),
+        "dvpo_td_0": dvpo("--gvm {gvm_td_0}"),
+        "dvpo_eq_2": dvpo("--gvm {gvm_eq_2}"),
+    }
+    # question 6: reward against KL
+    for name in ("dvpo", "ppo", "rloo", "grpo"):
+        for beta in ("0.02", "0.05", "0.1", "0.2"):
+            if beta != CHOSEN[name][0]:
+                found[f"{name}_beta_{beta}"] = policy(name, beta=beta, snapshots=0)
+    for name, (script, values) in OFF_POLICY_GAMMA.items():
+        for gamma in values:
+            flags = f"--policy {{sft}} --data {{sample}} {script.partition(' ')[2]} --gamma {gamma}"
+            found[f"{name}_gamma_{gamma}"] = Run(script.split()[0], flags, 60)
+    vcb = lambda flags: Run("vcb", f"--policy {{sft}} --data {{sample}} {flags}", 60)
+    found |= {f"vcb_n_{n}": vcb(f"--n {n}") for n in (2, 4, 8)}
+    found |= {f"vcb_{pairs}": vcb(f"--pairs {pairs}") for pairs in ("full", "mean")}
+    found |= {"dpo_length_penalty": Run("dpo", "--policy {sft} --data {sample} --loss dpo --length_penalty 0.1", 60)}
+    return found
+
+
+def SETTINGS(name: str) -> str:
+    beta, rate = CHOSEN[name]
+    return f"--kl_coef {beta} --learning_rate {rate}"
+
+
+OFF_POLICY = {
+    "vcb": "vcb",
+    "dpo": "dpo --loss dpo",
+    "ipo": "dpo --loss ipo",
+    "slic": "dpo --loss slic --nll_coef 3 --learning_rate 3e-4",
+    "rrhf": "dpo --loss rrhf --nll_coef 10 --learning_rate 3e-4",
+    "rest": "rest",
+}
+OFF_POLICY_GAMMA = {
+    "vcb": ("vcb", ("0.15", "0.35", "0.5")),
+    "dpo": ("dpo --loss dpo", ("0.5", "1.5", "2.5")),
+    "ipo": ("dpo --loss ipo", ("0.05", "0.2", "0.4")),
+}
+
+
+def tuned(seeds=TUNING) -> dict:
+    """method -> every setting tried: what the run saw at its end (mean over seeds), its KL, and which was chosen."""
+    found = {}
+    for name in ON_POLICY:
+        rows = []
+        for beta, rate in GRID:
+            ends = [last(FOLDER / f"seed{seed}" / f"{name}-{beta}-{rate}") for seed in seeds]
+            row = {key: sum(end[key] for end in ends) / len(ends) for key in ends[0]}
+            rows.append({"kl_coef": beta, "learning_rate": rate, **row})
+        allowed = [row for row in rows if row["kl"] <= KL_BUDGET]
+        best = max(allowed or rows, key=lambda row: row["seen"])
+        found[name] = [row | {"chosen": row is best} for row in rows]
+    return found
+
+
+def last(folder: Path, steps: int = 10) -> dict:
+    """Means of the last steps: the GVM's Q_T or the reward model's score on the training prompts, the KL, and the gold reward
+    there, which is told but not chosen by."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-steps:]
+    mean = lambda key: sum(row[key] for row in rows) / len(rows)
+    return {"seen": mean("value" if "value" in rows[0] else "reward"), "kl": mean("kl"), "gold_there": mean("gold")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 10 to 14, or with --tune 0 and 1")
+    parser.add_argument("--tune", action="store_true", help="run the grid and write experiments/tuning.json")
+    parser.add_argument("--plan", action="store_true", help="say what is to be run, and run nothing")
+    parser.add_argument("--only", nargs="+", help="these runs and what they need")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
+    args = parser.parse_args()
+    seeds, wanted = args.seeds or (TUNING if args.tune else SEEDS), runs_to_tune() if args.tune else runs()
+    if args.only:
+        names, found = list(args.only), {}
+        while names:
+            name = names.pop()
+            found[name] = wanted[name]
+            names += wanted[name].needs()
+        wanted = {name: run for name, run in wanted.items() if name in found}
+    jobs = {f"{seed}/{name}": job(name, run, seed) for name, run in wanted.items() for seed in seeds}
+    if args.plan:
+        for name, one in jobs.items():
+            print(f"{name}: {'done' if one.done() else f'about {one.seconds} s'}")
+        return
+    ready = execute(jobs, args.workers)
+    report = {"code": same_code(), "commit": commit(), "seeds": list(seeds)}
+    if args.tune:
+        if ready:
+            save("tuning", report | {"methods": tuned(seeds)})
+        return
+    program = str(ROOT / "experiments" / "measure.py")
+    measure = lambda seed: subprocess.run([sys.executable, program, str(FOLDER / f"seed{seed}")], check=True)
+    with ThreadPoolExecutor(args.workers) as pool:
+        list(pool.map(measure, seeds))
+    found = {}
+    for name in wanted:
+        for seed in seeds:
+            path = FOLDER / f"seed{seed}" / name / "measured.json"
+            if path.is_file():
+                found.setdefault(name, {})[seed] = json.loads(path.read_text())
+    save("toy", report | {"runs": found})
+
+
+def commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def save(name: str, report: dict):
+    path = ROOT / "experiments" / f"{name}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{path} written")
+
+
+if __name__ == "__main__":
+    main()
