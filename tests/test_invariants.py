@@ -563,20 +563,20 @@ def test_a_cut_response_pays_the_eos_penalty_at_its_last_value(home, tmp_path, m
     seen = []
     for penalty in (0.0, 2.0):
         found = spy(monkeypatch, dvpo, "advantages", lambda out, values, kl, mask, **_: (values.clone(), mask))
-        run(home, "dvpo", tmp_path / str(penalty), steps=1, eos_penalty=penalty)
+        run(home, "dvpo", tmp_path / str(penalty), steps=1, eos_penalty=penalty, max_response_tokens=80)
         seen.append(found[0])
     (plain, mask), (less, _) = seen
-    ended = run(home, "dvpo", tmp_path / "again", steps=1) / "metrics.jsonl"
+    ended = run(home, "dvpo", tmp_path / "again", steps=1, max_response_tokens=80) / "metrics.jsonl"
     share = json.loads(ended.read_text().splitlines()[0])["eos_share"]
     paid = plain - less
     last = mask.sum(1)
     cut = paid[torch.arange(len(last)), last]
     assert (
         0 < share < 1
-        and cut.mean() == pytest.approx(2 * (1 - share), abs=1e-5)
+        and float(cut.mean()) == pytest.approx(2 * (1 - share), abs=1e-5)
         and set(cut.round().tolist()) == {0.0, 2.0}
     )
-    assert paid.abs().sum() == pytest.approx(cut.sum(), abs=1e-4)  # nothing else moves
+    assert float(paid.abs().sum()) == pytest.approx(float(cut.sum()), abs=1e-4)  # nothing else moves
 
 
 # ------------------------------------------------------------------------------------------------------------------- tau
