@@ -24,6 +24,7 @@ reward gamma log(pi / pi_sft) is as good as an explicit one.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -670,12 +671,12 @@ def init_distributed(args):
     def watch():
         message = ""
         while not message:
-            time.sleep(1)
+            if over.wait(1):
+                return
             try:
                 message = _store[0].get("stopped").decode() if _store[0].check(["stopped"]) else ""
             except Exception:  # the host that keeps the store has gone; or this run is over and about to end
-                time.sleep(15)
-                message = "the first host has ended: see what it says"
+                message = "" if over.wait(15) else "the first host has ended: see what it says"
         with contextlib.suppress(SystemExit):
             stop(message)
         os._exit(2)
@@ -689,7 +690,10 @@ def init_distributed(args):
 
     if world > 1:
         _store.append(dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False))
-        threading.Thread(target=watch, daemon=True).start()
+        over, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        # a thread inside the store while Python shuts down would abort the process; one that sleeps may be left
+        atexit.register(lambda: (over.set(), watcher.join(2)))
         sys.excepthook = failed
     return rank, world, device
 

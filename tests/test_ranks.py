@@ -67,6 +67,24 @@ def torchrun(folders, script, *argv, ranks=1, limit=150):
     return [(agents[i].returncode, texts[i], ends[i]) for i in range(len(agents))]
 
 
+IMPATIENT = """
+import sys, threading, time
+sys.path.insert(0, {root!r})
+import sft
+wait, time.sleep = threading.Event.wait, lambda seconds: None
+threading.Event.wait = lambda event, timeout=None: wait(event, 0.0001)
+sft.init_distributed(sft.Args())
+"""
+
+
+def test_the_watch_on_other_ranks_is_over_before_the_interpreter_ends(tmp_path):
+    """A thread that is inside torch's store while Python shuts down aborts the process: exit code 134 after a run that went
+    well. Here it asks without pause, so that it always is."""
+    (tmp_path / "main.py").write_text(IMPATIENT.format(root=str(ROOT)))
+    ((code, text, _),) = torchrun([tmp_path], tmp_path / "main.py", ranks=2)
+    assert code == 0, text[-2000:]
+
+
 def end_of(text):
     return "\n".join([line for line in text.splitlines() if line.strip()][-4:])
 
