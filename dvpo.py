@@ -110,7 +110,7 @@ class Args:
     advantage: Literal["q", "gae"] = "gae"
     """q: the normalised value itself (paper); gae: lambda-sum of its increments Q - V (measured best)"""
     baseline: Literal["none", "position", "start"] = "none"
-    """what q is less by: nothing (paper), the rollout's mean at this token position, or V(s_1) of its own prompt"""
+    """what --advantage q is less by: nothing (paper), the rollout's mean at this token position, or V(s_1) of its own prompt"""
     discount: float = 1.0
     """the MDP's discount factor per token; the one that the GVM was trained with"""
     lam: float = 0.95
@@ -695,6 +695,8 @@ def load_shared(args, tokenizer):
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
+    if args.baseline != "none" and args.advantage != "q":
+        stop(f"--baseline {args.baseline} is for --advantage q: gae has V(s_t) as its baseline")
     if args.rollout_batch_size % world or args.rollout_batch_size % args.batch_size:
         stop(f"--rollout_batch_size {args.rollout_batch_size} must be a multiple of --batch_size {args.batch_size} and of "
              f"the number of ranks, {world}")  # fmt: skip
@@ -759,7 +761,7 @@ def train(args: Args) -> Path:
         lengths = torch.tensor([len(response) for response in responses], device=device)
         mask = torch.arange(old_logp.shape[1], device=device) < lengths[:, None]
         cut = torch.tensor([response[-1] not in policy.ends for response in responses], device=device)
-        values[torch.arange(len(cut)), lengths] -= args.eos_penalty * cut
+        values.scatter_add_(1, lengths[:, None], (-args.eos_penalty * cut)[:, None])
         kl = old_logp - ref_logp
         sampled = padded(sampled, device)
         gap = (sampled - old_logp).abs() * mask
@@ -801,7 +803,9 @@ def train(args: Args) -> Path:
         spread = ((q - (q * mask).sum() / tokens).square() * mask).sum() / tokens
         rollout, scoring, updating = (round(b - a, 4) for a, b in itertools.pairwise(clock))
         metrics = {
-            "value": (q.gather(1, lengths[:, None] - 1)).mean(),  # Q_T: the GVM's estimate of the standardised reward
+            "value": (
+                q.gather(1, lengths[:, None] - 1)
+            ).mean(),  # Q_T, the standardised reward by the GVM, less --eos_penalty
             "kl": kl_mean,
             "kl_coef": run.state["kl_coef"],
             "entropy": -(old_logp * mask).sum() / tokens,
@@ -1123,7 +1127,8 @@ def canonical(row: dict) -> dict:
     if "completion" not in row and "chosen" in row:
         row |= {"completion": row["chosen"], "answer": "chosen"}
     elif "completion" not in row and scores:
-        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None else scores[i])
+        cut = lambda i: row["responses"][i].get("complete") is False
+        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None or cut(i) else scores[i])
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
     return row
 

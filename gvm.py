@@ -5,7 +5,7 @@ turns of the chat. It tells the model whose future it is predicting (DVPO, secti
 token y_t, after the action; one more is read at the last prompt token, V(s_1).
 
     G_T = r(x, y),   G_t = discount ((1 - td_lambda) Q_{t+1} + td_lambda G_{t+1})      no gradient   `td_targets`
-    L = (1 - o) mean_t (G_t - Q_t)^2 + o mean_i (r_i - Q_T,i)^2                        eq. 1 at o = 0 `value_loss`
+    L = (1 - o) mean_t (G_t - Q_t)^2 + o mean_i (r_i - Q_T,i)^2     eq. 1 at o = 0    `value_loss`, `loss_weights`
     Q~ = (Q - mu) / (sigma + eps), mu and sigma over the batch's response tokens       eq. 2         `--value_norm batch`
 
 `--td_lambda 0` is eq. 1, 1 is Monte-Carlo (the default). Of its mean over tokens, the one token at which the whole answer
@@ -124,7 +124,8 @@ class Args:
     """allow code that comes with a hub model"""
 
 
-PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings, room for tau, and the lengths of dvpo.py
+PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings, room for tau, and
+    # the lengths of dvpo.py
     "data": "openbmb/UltraFeedback", "split": "train[30%:80%]", "learning_rate": 2e-6,
     "max_prompt_tokens": 1024, "max_response_tokens": 1024, "tau_pairs": 1, "tau_tokens": 1024, "lora_r": 8,
 }  # fmt: skip
@@ -147,10 +148,7 @@ def td_targets(values, mask, reward, *, discount: float = 1.0, td_lambda: float 
     V(s_1), which no time step separates from y_1, (1 - td_lambda) Q_1 + td_lambda G_1 without the discount."""
     values = values.detach()
     width = mask.shape[1]
-    last = torch.zeros_like(mask)
-    last[:, :-1] = mask[:, :-1] & ~mask[:, 1:]
-    last[:, -1] = mask[:, -1]
-    target = torch.zeros_like(values)
+    last, target = last_of(mask), torch.zeros_like(values)
     if td_lambda == 1:  # the recursion's closed form: no loop over tokens
         to_go = mask.sum(1, keepdim=True) - torch.arange(1, width + 1, device=mask.device)
         target[:, 1:] = reward[:, None] * discount ** to_go.clamp(min=0)
@@ -165,6 +163,11 @@ def td_targets(values, mask, reward, *, discount: float = 1.0, td_lambda: float 
     return target * with_start(mask)
 
 
+def last_of(mask):
+    """(R, T) bool: the last true position of each row, and no other."""
+    return mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+
+
 def with_start(mask):
     """(R, T) mask of response tokens -> (R, T+1) mask that counts the last prompt token, where V(s_1) is read."""
     return torch.cat([mask[:, :1], mask], 1)
@@ -174,10 +177,7 @@ def loss_weights(mask, ended, positions: int, outcomes: int, outcome_share: floa
     """(R, T+1) weights of the squared errors, which sum to 1 over an optimizer step of so many positions (mask (R, T+1))
     and outcomes (ended (R,) bool): (1 - outcome_share) / positions, and outcome_share / outcomes more on Q_T."""
     share = outcome_share if outcomes else 0.0
-    last = torch.zeros_like(mask)
-    last[:, 1:-1] = mask[:, 1:-1] & ~mask[:, 2:]
-    last[:, -1] = mask[:, -1]
-    return mask * (1 - share) / positions + (last & ended[:, None]) * (share / max(1, outcomes))
+    return mask * ((1 - share) / positions) + (last_of(mask) & ended[:, None]) * (share / max(1, outcomes))
 
 
 def value_loss(values, target, weights):
@@ -352,10 +352,15 @@ def graded(row: dict) -> list[dict]:
 
 # Copied from rm.encode_graded
 def encode_graded(tokenizer, row: dict, args):
-    """(prompt ids, [response ids], scores) of a graded row or a pair; ValueError if it cannot be used."""
-    found = [(response_ids(tokenizer, r.get("text"), args), float(r["score"])) for r in graded(row)]
+    """(prompt ids, [response ids], scores) of a graded row or a pair; ValueError if it cannot be used. A response whose
+    field `complete` is false was cut when it was drawn: no end token follows."""
+    end, responses = control_tokens(tokenizer)[0], graded(row)
+    found = [response_ids(tokenizer, r.get("text"), args) for r in responses]
+    for ids, response in zip(found, responses, strict=True):
+        if response.get("complete") is False and ids[-1] == end and len(ids) > 1:
+            ids.pop()
     prompt, _ = encode(tokenizer, row, None, args)
-    return prompt, [ids for ids, _ in found], [score for _, score in found]
+    return prompt, found, [float(response["score"]) for response in responses]
 
 
 def load_answers(tokenizer, args) -> list[Answer]:
@@ -398,6 +403,8 @@ def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
     most = math.ceil(args.batch_size / world) * (args.tau_tokens + args.max_prompt_tokens + args.max_response_tokens)
+    if not 0 <= args.outcome_share <= 1:
+        stop(f"--outcome_share {args.outcome_share}: it is a share of the loss, from 0 to 1")
     if args.value_norm == "batch" and args.micro_tokens < most:
         stop(f"--value_norm batch normalises over the whole batch, in one forward pass: give --micro_tokens {most}")
     room = args if args.value_norm == "none" else dataclasses.replace(args, micro_tokens=2 * most)
@@ -439,8 +446,8 @@ def train(args: Args) -> Path:
             current, order = epoch, conversations(training, args.tau_pairs + 1, args.seed, epoch)
         groups = order[at : at + args.batch_size]
         rows = [([], [True], render(tokenizer, group, args.tau_tokens), group) for group in groups]
-        shown = [response for _, _, turns, _ in rows for _, response in turns]
-        positions, outcomes = sum(map(len, shown)) + len(shown), sum(response[-1] == end for response in shown)
+        texts = [response for _, _, turns, _ in rows for _, response in turns]
+        positions, outcomes = sum(map(len, texts)) + len(texts), sum(response[-1] == end for response in texts)
         loss_sum = torch.zeros((), device=device)
         engine.set_rate(args.learning_rate * schedule(step, len(plan), args.warmup_steps, "cosine"))
         micros, useful = micro_batches(rows, rank, world, room, conversation_size)
@@ -773,7 +780,8 @@ def canonical(row: dict) -> dict:
     if "completion" not in row and "chosen" in row:
         row |= {"completion": row["chosen"], "answer": "chosen"}
     elif "completion" not in row and scores:
-        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None else scores[i])
+        cut = lambda i: row["responses"][i].get("complete") is False
+        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None or cut(i) else scores[i])
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
     return row
 

@@ -1089,7 +1089,8 @@ def canonical(row: dict) -> dict:
     if "completion" not in row and "chosen" in row:
         row |= {"completion": row["chosen"], "answer": "chosen"}
     elif "completion" not in row and scores:
-        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None else scores[i])
+        cut = lambda i: row["responses"][i].get("complete") is False
+        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None or cut(i) else scores[i])
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
     return row
 

@@ -515,14 +515,12 @@ def open_samples(args, rank: int, world: int) -> Path:
     return folder
 
 
-def graded_row(prompt, drawn: list[tuple[str, float]], args) -> dict:
-    """A row of n responses from n · best_of (text, score) pairs: of each best_of neighbours the best."""
+def graded_row(prompt, drawn: list[tuple[str, bool, float]], args) -> dict:
+    """A row of n responses from n · best_of (text, whether it came to its end, score): of each best_of neighbours the best."""
     groups = [drawn[i : i + args.best_of] for i in range(0, len(drawn), args.best_of)]
-    best = [max(group, key=lambda pair: pair[1]) for group in groups]
-    return {
-        "prompt": prompt,
-        "responses": [{"text": t, "score": round(score, 5), "policy": args.policy} for t, score in best],
-    }
+    best = [max(group, key=lambda one: one[2]) for group in groups]
+    line = lambda text, whole, score: {"text": text, "score": round(score, 5), "policy": args.policy, "complete": whole}
+    return {"prompt": prompt, "responses": [line(*one) for one in best]}
 
 
 def train(args: Args) -> Path:
@@ -578,7 +576,7 @@ def train(args: Args) -> Path:
             scores = reward([prompt for prompt, *_ in asked], texts, complete)
             if not all(map(math.isfinite, scores)):
                 stop(f"the reward model {args.reward_model} gave a score that is not finite")
-            drawn = list(zip(texts, scores, strict=True))
+            drawn = list(zip(texts, complete, scores, strict=True))
             lines = [
                 {"index": i} | graded_row(questions[i][0], drawn[k * per_prompt : (k + 1) * per_prompt], args)
                 for k, i in enumerate(batch)
@@ -888,7 +886,8 @@ def canonical(row: dict) -> dict:
     if "completion" not in row and "chosen" in row:
         row |= {"completion": row["chosen"], "answer": "chosen"}
     elif "completion" not in row and scores:
-        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None else scores[i])
+        cut = lambda i: row["responses"][i].get("complete") is False
+        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None or cut(i) else scores[i])
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
     return row
 

@@ -188,10 +188,15 @@ def graded(row: dict) -> list[dict]:
 
 # Copied from rm.encode_graded
 def encode_graded(tokenizer, row: dict, args):
-    """(prompt ids, [response ids], scores) of a graded row or a pair; ValueError if it cannot be used."""
-    found = [(response_ids(tokenizer, r.get("text"), args), float(r["score"])) for r in graded(row)]
+    """(prompt ids, [response ids], scores) of a graded row or a pair; ValueError if it cannot be used. A response whose
+    field `complete` is false was cut when it was drawn: no end token follows."""
+    end, responses = control_tokens(tokenizer)[0], graded(row)
+    found = [response_ids(tokenizer, r.get("text"), args) for r in responses]
+    for ids, response in zip(found, responses, strict=True):
+        if response.get("complete") is False and ids[-1] == end and len(ids) > 1:
+            ids.pop()
     prompt, _ = encode(tokenizer, row, None, args)
-    return prompt, [ids for ids, _ in found], [score for _, score in found]
+    return prompt, found, [float(response["score"]) for response in responses]
 
 
 def load_groups(tokenizer, args, name: str, split: str, pairs_too: bool = False) -> list[Group]:
@@ -648,7 +653,8 @@ def canonical(row: dict) -> dict:
     if "completion" not in row and "chosen" in row:
         row |= {"completion": row["chosen"], "answer": "chosen"}
     elif "completion" not in row and scores:
-        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None else scores[i])
+        cut = lambda i: row["responses"][i].get("complete") is False
+        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None or cut(i) else scores[i])
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
     return row
 

@@ -69,7 +69,7 @@ class Bench:
             cases = [(*texts[i], tau(i)) for i in range(n)]
             values = self.values(self.folder / "gvm", cases)
             said[name] = np.array([v[-1] for v in values])
-        whole = lambda x, keep: float(np.corrcoef(x[keep], gold[keep])[0, 1])
+        whole = lambda x, keep: float(np.corrcoef(x[keep], gold[keep])[0, 1]) if len(set(gold[keep])) > 1 else None
         return {name: {"all": whole(x, np.ones(n, bool)), "well_formed": whole(x, fine)} for name, x in said.items()}
 
     def value_model(self, run: Path) -> dict:
@@ -85,6 +85,8 @@ class Bench:
                 k: demo.fit(list(zip(self.values(run, [(x[1], x[2], x[3][:k]) for x in texts]), exact, strict=True)))
                 for k in range(pairs + 1)
             }
+        if run.name == "gvm":
+            found["yardsticks"] = demo.yardsticks(pairs, self.seed)
         return found
 
     def values(self, run: Path, cases):

@@ -1,6 +1,6 @@
-"""Tables and pictures of EXPERIMENTS.md and of the README's toy world, from experiments/*.json.
+"""Tables of EXPERIMENTS.md and of the README's toy world, from experiments/*.json.
 
-python experiments/page.py            # rewrites what stands between <!-- table NAME --> and <!-- end -->, and docs/*.png
+python experiments/page.py            # rewrites what stands between <!-- table NAME --> and <!-- end -->
 python experiments/page.py --check    # says what differs, writes nothing; exit code 1 if something does
 """
 
@@ -14,19 +14,25 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-# 97.5 % quantile of Student's t for n - 1 degrees of freedom
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.toy import ROOT, T95
+
 NAMES = {
     "sft": "SFT", "dvpo": "DVPO, `gae`", "dvpo_q": "DVPO, `q` (paper)", "ppo": "PPO", "remax": "ReMax", "rloo": "RLOO",
     "grpo": "GRPO", "reinforce++": "REINFORCE++", "vcb": "VCB", "dpo": "DPO", "ipo": "IPO", "slic": "SLiC", "rrhf": "RRHF",
-    "rest": "ReST", "ppo_gold": "PPO, gold reward", "dvpo_exact_q": "DVPO, exact Q of the SFT mixture",
+    "rest": "ReST", "ppo_gold": "PPO, gold reward", "ppo_rm_2_epochs": "PPO, reward model of two epochs", "dvpo_exact_q": "DVPO, exact Q of the SFT mixture",
     "dvpo_lam_1": "`gae`, λ = 1 (Q_T − V)", "dvpo_q_minus_v": "`gae`, λ = 0 (Q − V)", "dvpo_q_position": "`q` less its position's mean",
     "dvpo_q_start": "`q` less V(s_1)", "dvpo_released": "the released code's form", "dvpo_no_tau": "GVM trained without τ",
     "dvpo_no_tau_shown": "GVM trained with τ, none shown", "dvpo_other_tau": "another policy's τ", "dvpo_all_tokens": "no outcome share",
     "dvpo_td_95": "TD(0.95)", "dvpo_td_0": "TD(0), eq. 1", "dvpo_eq_2": "eq. 2 in the loss", "vcb_full": "VCB, all i ≠ j",
     "vcb_mean": "VCB, mean of pairs", "dpo_length_penalty": "DPO, length penalty 0.1",
 }  # fmt: skip
+
+YARDSTICKS = {
+    "position": "the mean at a token's position",
+    "bayes_no_tau": "Bayes-optimal, no τ",
+    "bayes_tau": "Bayes-optimal, two pairs of τ",
+}
 
 
 class Found:
@@ -136,7 +142,7 @@ def steps_to(found: Found, name: str, share: float = 0.95, window: int = 10) -> 
 
 def plateau(found: Found, names) -> str:
     rows = []
-    for name in names:
+    for name in (name for name in names if name in found.runs):
         steps, reading = steps_to(found, name), found.numbers(name, "summary", "seconds")
         reached = f"{(~np.isnan(steps)).sum()} of {len(steps)}"
         worst = np.nanmin(found.numbers(name, "gold", "mean"))
@@ -146,7 +152,7 @@ def plateau(found: Found, names) -> str:
     )
 
 
-def values(found: Found, names) -> str:
+def values(found: Found, names, yardsticks: bool = False) -> str:
     rows = []
     for name, label in names:
         for which, text in (("right_tau", "the writer's τ"), ("other_tau", "another's τ"), ("no_tau", "no τ")):
@@ -154,6 +160,9 @@ def values(found: Found, names) -> str:
             cells = [shown(found.numbers(name, *p), 3) for p in path]
             if cells[0] != "–":
                 rows.append([f"{label}, {text}", *cells])
+    for which, text in YARDSTICKS.items() if yardsticks else ():
+        path = [("yardsticks", which, span, kind) for kind in ("correlation", "mse") for span in ("all", "first3")]
+        rows.append([text, *(shown(found.numbers("gvm", *p), 3) for p in path)])
     return table(["GVM", "correlation, all tokens", "first three", "MSE, all tokens", "first three"], rows)
 
 
@@ -247,7 +256,7 @@ def tables() -> dict[str, callable]:
         made |= {
             "methods": lambda: policies(toy, ("sft", *ON, *OFF), FULL),
             "headline": lambda: policies(toy, ("sft", "dvpo", "dvpo_q", "ppo")),
-            "values": lambda: values(toy, [("gvm", "trained with τ"), ("gvm_no_tau", "trained without")]),
+            "values": lambda: values(toy, [("gvm", "trained with τ"), ("gvm_no_tau", "trained without")], yardsticks=True),
             "pairs": lambda: pairs_shown(toy),
             "tau_policy": lambda: policies(toy, ("dvpo", "dvpo_no_tau_shown", "dvpo_no_tau", "dvpo_other_tau"), against="dvpo"),
             "readings": lambda: readings(toy, ("sft", "dvpo", "ppo", "grpo")),
@@ -255,7 +264,7 @@ def tables() -> dict[str, callable]:
                 toy, [("gvm", "outcome share 0.5"), ("gvm_all_tokens", "no outcome share"), ("gvm_td_95", "TD(0.95)"), ("gvm_td_0", "TD(0)"), ("gvm_eq_2", "eq. 2")]
             ),
             "targets_policy": lambda: policies(toy, ("dvpo", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0", "dvpo_eq_2"), against="dvpo"),
-            "ladder": lambda: policies(toy, ("dvpo_exact_q", "ppo_gold", "dvpo", "dvpo_no_tau", "ppo"), against="ppo"),
+            "ladder": lambda: policies(toy, ("dvpo_exact_q", "ppo_gold", "dvpo", "dvpo_no_tau", "ppo", "ppo_rm_2_epochs"), against="ppo"),
             "equal_kl": lambda: equal_kl(toy, ON),
             "plateau": lambda: plateau(toy, ON),
             "advantages": lambda: policies(

@@ -7,7 +7,8 @@
 Settings were chosen on seeds 0 and 1, with as many trials for each method, by what the method itself can see (Q_T, the
 reward model's score) on the prompts it trains on, among settings whose KL stayed below KL_BUDGET; the gold reward of the
 held-out prompts decided nothing. A seed draws data, initial weights, samples and graded texts anew, everything but the prompts.
-Two runs at a time, one thread each. All numbers of one results file come from one state of the code: see `same_code`.
+Two runs at a time, one thread each. All numbers of one results file come from one state of the code (`same_code`): what was
+run by another is refused.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ class Run:
 
 
 def teachers() -> dict[str, Run]:
-    value = lambda flags, seconds=400: Run("gvm", f"--model {{sft}} {flags}", seconds)
+    value = lambda flags, seconds=700: Run("gvm", f"--model {{sft}} {flags}", seconds)
     return {
-        "sft": Run("sft", "", 120),
+        "sft": Run("sft", "", 140),
         "gvm": value(""),
-        "rm": Run("rm", "--model {sft}", 160),
+        "rm": Run("rm", "--model {sft}", 270),
+        "rm_2_epochs": Run("rm", "--model {sft} --epochs 2", 540),
         "sample": Run("sample", "--policy {sft} --reward_model {rm} --data toy,toy,toy --n 16", 40),
-        "gvm_no_tau": value("--tau_pairs 0", 200),
+        "gvm_no_tau": value("--tau_pairs 0", 350),
         "gvm_all_tokens": value("--outcome_share 0"),
         "gvm_td_0": value("--outcome_share 0 --td_lambda 0"),
         "gvm_td_95": value("--outcome_share 0 --td_lambda 0.95"),
@@ -73,16 +75,20 @@ GRID = [(beta, rate) for rate in ("2e-4", "4e-4") for beta in ("0.05", "0.1", "0
 CHOSEN = {name: ("0.1", "2e-4") for name in ON_POLICY}  # from tuning.json
 
 
+def settings(name: str, beta: str = "") -> str:
+    chosen, rate = CHOSEN[name]
+    return f"--kl_coef {beta or chosen} --learning_rate {rate}"
+
+
 def policy(name: str, *, beta: str = "", snapshots: int = 20) -> Run:
     script, flags = ON_POLICY[name]
-    chosen, rate = CHOSEN[name]
-    flags = f"--policy {{sft}} {flags} --kl_coef {beta or chosen} --learning_rate {rate} --snapshot_every {snapshots}"
-    return Run(script, flags, 100)
+    return Run(script, f"--policy {{sft}} {flags} {settings(name, beta)} --snapshot_every {snapshots}", 130)
 
 
 def same_code() -> str:
     """A mark of all that makes the numbers: the scripts, the world, the kernels and what measures."""
-    files = [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), ROOT / "experiments" / "measure.py"]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")]
+    files += [ROOT / "experiments" / f"{name}.py" for name in ("measure", "variants")]
     files += [ROOT / "eval" / f"{name}.py" for name in ("demo", "calibration", "diversity")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
 
@@ -91,8 +97,8 @@ def runs_to_tune() -> dict[str, Run]:
     found = {name: run for name, run in teachers().items() if name in ("sft", "gvm", "rm")}
     for name, (script, flags) in ON_POLICY.items():
         for beta, rate in GRID:
-            settings = f"--policy {{sft}} {flags} --kl_coef {beta} --learning_rate {rate}"
-            found[f"{name}-{beta}-{rate}"] = Run(script, settings, 100)
+            flag = f"--policy {{sft}} {flags} --kl_coef {beta} --learning_rate {rate}"
+            found[f"{name}-{beta}-{rate}"] = Run(script, flag, 130)
     return found
 
 
@@ -126,6 +132,11 @@ def job(name: str, run: Run, seed: int) -> Job:
 def execute(jobs: dict[str, Job], workers: int = 2) -> bool:
     """All jobs, the first that is ready first; False if one failed, which leaves out what needs it."""
     code, started = same_code(), time.time()
+    mark = FOLDER / "code"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if mark.is_file() and mark.read_text() != code and any(job.done() for job in jobs.values()):
+        raise SystemExit(f"error: {FOLDER} holds runs of another state of the code: move it aside, and begin again")
+    mark.write_text(code)
     done = {name for name, job in jobs.items() if job.done()}
     waiting, running, failed, lock = [name for name in jobs if name not in done], set(), [], threading.Condition()
     total = sum(jobs[name].seconds for name in waiting)
@@ -182,11 +193,12 @@ def runs() -> dict[str, Run]:
         found[name] = Run(
             flags.split()[0], f"--policy {{sft}} --data {{sample}} {flags.partition(' ')[2]} --snapshot_every 48", 60
         )
-    dvpo = lambda flags, script="dvpo": Run(script, f"--policy {{sft}} {flags} {SETTINGS('dvpo')}", 100)
+    dvpo = lambda flags, script="dvpo": Run(script, f"--policy {{sft}} {flags} {settings('dvpo')}", 130)
     found |= {
         # question 3: where the loss is. 4: advantages
         "dvpo_exact_q": dvpo("--gvm {gvm}", "exact_q"),
-        "ppo_gold": Run("ppo", f"--policy {{sft}} --reward_model gold {SETTINGS('ppo')}", 100),
+        "ppo_gold": Run("ppo", f"--policy {{sft}} --reward_model gold {settings('ppo')}", 130),
+        "ppo_rm_2_epochs": Run("ppo", f"--policy {{sft}} --reward_model {{rm_2_epochs}} {settings('ppo')}", 130),
         "dvpo_lam_1": dvpo("--gvm {gvm} --lam 1"),
         "dvpo_q_minus_v": dvpo("--gvm {gvm} --lam 0"),
         "dvpo_q_position": dvpo("--gvm {gvm} --advantage q --baseline position"),
@@ -216,11 +228,6 @@ def runs() -> dict[str, Run]:
     found |= {f"vcb_{pairs}": vcb(f"--pairs {pairs}") for pairs in ("full", "mean")}
     found |= {"dpo_length_penalty": Run("dpo", "--policy {sft} --data {sample} --loss dpo --length_penalty 0.1", 60)}
     return found
-
-
-def SETTINGS(name: str) -> str:
-    beta, rate = CHOSEN[name]
-    return f"--kl_coef {beta} --learning_rate {rate}"
 
 
 OFF_POLICY = {
@@ -292,13 +299,14 @@ def main():
     measure = lambda seed: subprocess.run([sys.executable, program, str(FOLDER / f"seed{seed}")], check=True)
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(measure, seeds))
-    found = {}
-    for name in wanted:
-        for seed in seeds:
-            path = FOLDER / f"seed{seed}" / name / "measured.json"
-            if path.is_file():
-                found.setdefault(name, {})[seed] = json.loads(path.read_text())
-    save("toy", report | {"runs": found})
+    save("toy", report | {"runs": gathered(wanted, seeds)})
+
+
+def gathered(names, seeds) -> dict:
+    """run -> seed -> what experiments/measure.py found."""
+    paths = {name: {str(seed): FOLDER / f"seed{seed}" / name / "measured.json" for seed in seeds} for name in names}
+    read = lambda of: {seed: json.loads(path.read_text()) for seed, path in of.items() if path.is_file()}
+    return {name: found for name, of in paths.items() if (found := read(of))}
 
 
 def commit() -> str:

@@ -1,15 +1,20 @@
 """experiments/: every run that is planned has flags that its script knows, and needs what comes before it."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments import page, run, sentiment
+import dvpo
+import toy
+from eval import demo
+from experiments import measure, page, run, sentiment, variants
 
 
 @pytest.mark.parametrize("wanted", [run.runs, run.runs_to_tune])
@@ -59,3 +64,107 @@ def test_gold_at_a_kl_lies_between_the_snapshots_and_never_beyond_the_last():
 def test_a_table_between_its_marks_is_made_anew_and_the_rest_stays():
     text = "a\n<!-- table x -->\nold\n<!-- end -->\nb\n<!-- table y -->\nkept\n<!-- end -->\n"
     assert page.rewritten(text, {"x": lambda: "new"}) == text.replace("old", "new")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A world of few prompts, a model of a layer, few texts to grade by."""
+    prompts, config = toy.prompts, toy.config
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    monkeypatch.setattr(toy, "prompts", lambda split: prompts(split)[:16])
+    monkeypatch.setattr(toy, "config", lambda **given: config(**given | tiny))
+    for name in ("SAMPLES", "POINTS"):
+        monkeypatch.setattr(demo, name, 4)
+    monkeypatch.setattr(demo, "BEST_OF", (1, 2))
+    monkeypatch.setattr(demo, "TEXTS", 6)
+    for name in ("score_rollout", "render", "advantages"):  # what variants replace, put back after the test
+        monkeypatch.setattr(dvpo, name, getattr(dvpo, name))
+
+
+STEPS = {
+    "sft": "--steps 1", "gvm": "--steps 1", "rm": "--steps 1", "sample": "--split train[:4] --max_response_tokens 8",
+    "vcb": "--steps 1 --snapshot_every 1",
+}  # fmt: skip
+RL = "--steps 2 --rollout_batch_size 8 --batch_size 8 --max_response_tokens 8 --snapshot_every 1"
+
+
+def test_from_runs_to_tables(small, monkeypatch, tmp_path):
+    """Every kind of run that EXPERIMENTS.md speaks of, in a small world: run, measured, and shown."""
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    names = [
+        "sft",
+        "gvm",
+        "gvm_no_tau",
+        "rm",
+        "sample",
+        "dvpo",
+        "ppo",
+        "vcb",
+        "dvpo_exact_q",
+        "dvpo_other_tau",
+        "dvpo_released",
+    ]
+    wanted = run.runs()
+    for seed in (10, 11):
+        for name in names:
+            job = run.job(name, wanted[name], seed)
+            script, words = Path(job.words[1]).stem, [*job.words[2:], *STEPS.get(wanted[name].script, RL).split()]
+            with monkeypatch.context() as patch:
+                if script == "variants":
+                    for replaced in ("score_rollout", "render", "advantages"):
+                        patch.setattr(dvpo, replaced, getattr(dvpo, replaced))  # put back after
+                    variants.VARIANTS[words[0]](words)
+                    script, words = "dvpo", words[1:]
+                importlib.import_module(script).main(words)
+            assert job.done(), name
+        monkeypatch.setattr(sys, "argv", ["measure.py", str(tmp_path / f"seed{seed}")])
+        measure.main()
+    report = json.loads(json.dumps({"seeds": [10, 11], "code": "", "runs": run.gathered(wanted, (10, 11))}))
+    assert set(report["runs"]) == set(names) - {"rm", "sample"}
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "toy.json").write_text(json.dumps(report))
+    made = {name: table() for name, table in page.tables().items()}
+    golds = [report["runs"]["dvpo"][seed]["gold"]["mean"] for seed in ("10", "11")]
+    assert f"| DVPO, `gae` | {page.shown(golds)} |" in made["headline"] and "nan" not in made["headline"]
+    for name in ("methods", "ladder", "advantages", "tau_policy", "values", "pairs", "readings"):
+        assert len({line.count("|") for line in made[name].splitlines()}) == 1, name
+    assert made["values"].count("–") < 9 and "Bayes-optimal, no τ" in made["values"]
+    assert "exact Q" in made["ladder"] and page.shown(golds) in made["ladder"]
+
+
+def test_exact_q_are_the_worlds_own(small, monkeypatch, tmp_path):
+    """What dvpo.py would read in place of the GVM's values."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "reward_mean": 0.5, "reward_std": 2.0}))
+    tokenizer, prompt, text = toy.tokenizer(), toy.prompts("rl")[0], "the soup is good ."
+    answer = dvpo.Answer([{"role": "user", "content": prompt}], tokenizer(text)["input_ids"] + [tokenizer.eos_token_id])
+    turns = dvpo.render(tokenizer, [answer], 0)
+    zeros = lambda engine, frozen, rows, *rest: (None, None, torch.zeros(1, len(answer.response) + 1))
+    monkeypatch.setattr(dvpo, "score_rollout", zeros)
+    variants.exact_q(["--gvm", str(tmp_path)])
+    *_, values = dvpo.score_rollout(None, None, [(turns[0][0], answer.response, turns)], tokenizer)
+    exact = np.array(toy.exact_values("crowd", prompt, [*text.split(), toy.EOS]))
+    assert values[0].numpy() == pytest.approx((exact - 0.5) / 2, abs=1e-6)
+
+
+def test_the_released_form_has_no_terminal_value(small):
+    argv, mask = [], torch.ones(1, 3, dtype=torch.bool)
+    variants.released(argv)
+    assert argv == ["--tau_pairs", "0"]
+    values, other = torch.tensor([[1.0, 2.0, 4.0, 7.0]]), torch.tensor([[1.0, 2.0, 4.0, -9.0]])
+    found = dvpo.advantages(values, torch.zeros(1, 3), mask, lam=1.0)
+    assert torch.equal(found, dvpo.advantages(other, torch.zeros(1, 3), mask, lam=1.0))
+    # V is 1, 2, 4 before each token: increments 1, 2 and, with nothing behind it, -4; summed to the end -1, -2, -4
+    expected = torch.tensor([-1.0, -2.0, -4.0])
+    expected = (expected - expected.mean()) / expected.std(correction=0)
+    assert found[0].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_runs_of_another_state_of_the_code_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    code = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(parents=True); (pathlib.Path(sys.argv[1]) / 'summary.json').touch()"
+    job = run.Job([sys.executable, "-c", code, str(tmp_path / "a")], tmp_path / "a", [], 1)
+    assert run.execute({"a": job}) and run.execute({"a": job})
+    monkeypatch.setattr(run, "same_code", lambda: "another")
+    with pytest.raises(SystemExit, match="another state of the code"):
+        run.execute({"a": job})

@@ -125,9 +125,14 @@ def test_value_loss_equals_a_loop_and_with_start_counts_the_last_prompt_token():
     counted = gvm.with_start(mask)
     assert counted.shape == values.shape and counted.sum(1).tolist() == [length + 1 for length in lengths]
     assert int(counted.sum()) == count
-    assert float(gvm.value_loss(values, target, counted / count)) == pytest.approx(total / count, rel=1e-6)
+    assert float(gvm.value_loss(values, target, counted.double() / count)) == pytest.approx(total / count, rel=1e-12)
     weights = gvm.loss_weights(counted, torch.tensor([True] * len(lengths)), count, len(lengths), 0.0)
     assert float(gvm.value_loss(values, target, weights)) == pytest.approx(total / count, rel=1e-6)
+
+
+def test_the_last_token_is_the_last_that_is_true():
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    assert gvm.last_of(mask).int().tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

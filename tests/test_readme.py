@@ -100,6 +100,30 @@ def test_steps(start, algo, shared):
     assert numbers(start) == expected and found["commit"] in README
 
 
+def test_steps_by_round():
+    found = json.loads((ROOT / "bench" / "results" / "step_cpu_100m.json").read_text())
+    count = found["settings"]["steps"]
+    rows = {(row["algo"], row["share_backbone"]): row["rounds"] for row in found["rows"]}
+
+    def by_round(rounds):
+        both = [a + b for a, b in zip(rounds["scoring"], rounds["update"], strict=True)]
+        return [sum(both[i : i + count]) for i in range(0, len(both), count)]
+
+    for shared, text in ((False, "lies between {} and {}"), (True, "`--share_backbone` between {} and {}")):
+        pairs = zip(by_round(rows["dvpo", shared]), by_round(rows["ppo", False]), strict=True)
+        ratios = sorted(f"{ours / ppo:.2f}" for ours, ppo in pairs)
+        assert text.format(ratios[0], ratios[-1]) in README, ratios
+
+
+def test_lora():
+    found = json.loads((ROOT / "bench" / "results" / "lora_cpu.json").read_text())
+    beside, merged, merging = (statistics.median(found["seconds"][name]) for name in ("beside", "merged", "merging"))
+    off = f"{found['weights_off']:.0e}".replace("e-0", "e-")
+    said = f"{beside:.1f} s beside the base, {merged:.1f} s merged and {merging:.1f} s for merging and taking out, "
+    text = " ".join((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split())
+    assert f"{said}after which weights were off by {off}" in text
+
+
 def test_the_diff_from_ppo_to_dvpo_is_the_real_one():
     """Lines with - stand in ppo.py alone, lines with + in dvpo.py alone, the others in both; each hunk in this order."""
     section = README[README.index("## From PPO to DVPO") :].split("\n## ")[0]

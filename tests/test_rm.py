@@ -85,6 +85,17 @@ def test_pairs_and_graded_rows_become_questions_and_equal_scores_none(tmp_path):
     assert found[0][0] == found[1][0]  # held out together
 
 
+def test_a_response_that_was_cut_has_no_end_token(tmp_path):
+    texts = [("it is good .", True), ("the soup is", False), ("", False), ("it", None)]
+    row = {"prompt": "how is the soup ?"}
+    row["responses"] = [{"text": t, "score": i, "complete": c} for i, (t, c) in enumerate(texts)]
+    row["responses"][-1].pop("complete")
+    ((_, sequences, _),) = questions(tmp_path, row)
+    tok, ended = toy.tokenizer(), [True, False, True, True]  # a cut one of no token keeps its end: something is read
+    assert [sequence[-1] == tok.eos_token_id for sequence in sequences] == ended
+    assert tok.decode(sequences[1]) == "<user> how is the soup ? <assistant> the soup is"
+
+
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_a_decoder_is_read_at_its_last_token_whatever_the_padding(pad_is_eos):
     from transformers import LlamaForSequenceClassification

@@ -109,7 +109,9 @@ def test_rows(home, tmp_path):
     assert [row["prompt"] for row in found] == toy.prompts("rl")[:7]
     for row in found:
         assert set(row) == {"prompt", "responses"} and len(row["responses"]) == 3
-        assert all(set(r) == {"text", "score", "policy"} and math.isfinite(r["score"]) for r in row["responses"])
+        assert all(
+            set(r) == {"text", "score", "policy", "complete"} and math.isfinite(r["score"]) for r in row["responses"]
+        )
         assert len({r["text"] for r in row["responses"]}) > 1
     assert run(home, tmp_path / "b").read_bytes() == path.read_bytes()
     assert run(home, tmp_path / "c", seed=1).read_bytes() != path.read_bytes()

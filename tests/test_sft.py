@@ -248,6 +248,9 @@ def test_sft_on_graded_rows_takes_the_best_and_nulls_are_no_fields():
         responses = [{"text": str(score), "score": score} for score in scores]
         best = str(max(score for score in scores if score is not None))
         assert sft.canonical({"prompt": "a", "responses": responses, "chosen": None})["completion"] == best
+        cut = [r | {"complete": r["text"] != best} for r in responses]  # the best was cut: the next is imitated
+        others = [score for score in scores if score is not None and str(score) != best]
+        assert sft.canonical({"prompt": "a", "responses": cut})["completion"] == str(max(others))
 
 
 def test_hh_transcripts_are_split_before_the_last_answer():
