@@ -12,11 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # first: this folder has a kernels.py of its own
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy
 from bench import step
 

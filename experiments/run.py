@@ -72,7 +72,15 @@ ON_POLICY = {  # method -> (script, its own flags, how many settings are tried: 
     "reinforce++": ("reinforce", "--baseline reinforce++ --reward_model {rm}"),
 }
 GRID = [(beta, rate) for rate in ("2e-4", "4e-4") for beta in ("0.05", "0.1", "0.2")]
-CHOSEN = {name: ("0.1", "2e-4") for name in ON_POLICY}  # from tuning.json
+CHOSEN = {  # KL coefficient, learning rate: tuning.json
+    "dvpo": ("0.1", "4e-4"),
+    "dvpo_q": ("0.2", "2e-4"),
+    "ppo": ("0.05", "4e-4"),
+    "remax": ("0.05", "2e-4"),
+    "rloo": ("0.05", "4e-4"),
+    "grpo": ("0.2", "2e-4"),
+    "reinforce++": ("0.05", "2e-4"),
+}
 
 
 def settings(name: str, beta: str = "") -> str:

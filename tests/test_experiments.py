@@ -32,6 +32,16 @@ def test_runs_have_flags_that_are_known_and_come_in_order(wanted):
     assert len(before) > 40
 
 
+def test_settings_are_those_that_the_grid_chose():
+    found = json.loads((Path(run.ROOT) / "experiments" / "tuning.json").read_text())
+    assert set(found["methods"]) == set(run.ON_POLICY)
+    for name, rows in found["methods"].items():
+        assert len(rows) == len(run.GRID)
+        allowed = [row for row in rows if row["kl"] <= run.KL_BUDGET]
+        best = max(allowed, key=lambda row: row["seen"])
+        assert best["chosen"] and (best["kl_coef"], best["learning_rate"]) == run.CHOSEN[name]
+
+
 def test_sentiment_runs_have_flags_that_are_known():
     jobs = sentiment.jobs("model", Path("out"), sentiment.SIZES["full"])
     for name, job in jobs.items():
