@@ -148,12 +148,12 @@ def td_targets(values, mask, reward, *, discount: float = 1.0, td_lambda: float 
     V(s_1), which no time step separates from y_1, (1 - td_lambda) Q_1 + td_lambda G_1 without the discount."""
     values = values.detach()
     width = mask.shape[1]
-    last, target = last_of(mask), torch.zeros_like(values)
+    target = torch.zeros_like(values)
     if td_lambda == 1:  # the recursion's closed form: no loop over tokens
         to_go = mask.sum(1, keepdim=True) - torch.arange(1, width + 1, device=mask.device)
         target[:, 1:] = reward[:, None] * discount ** to_go.clamp(min=0)
     else:
-        following = torch.zeros_like(reward)
+        last, following = last_of(mask), torch.zeros_like(reward)
         for t in range(width, 0, -1):
             q_next = values[:, t + 1] if t < width else torch.zeros_like(reward)
             following = discount * ((1 - td_lambda) * q_next + td_lambda * following)
@@ -780,8 +780,8 @@ def canonical(row: dict) -> dict:
     if "completion" not in row and "chosen" in row:
         row |= {"completion": row["chosen"], "answer": "chosen"}
     elif "completion" not in row and scores:
-        cut = lambda i: row["responses"][i].get("complete") is False
-        best = max(range(len(scores)), key=lambda i: -math.inf if scores[i] is None or cut(i) else scores[i])
+        whole = lambda i: row["responses"][i].get("complete") is not False
+        best = max(range(len(scores)), key=lambda i: (scores[i] is not None, whole(i), scores[i] or 0))
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
     return row
 

@@ -336,16 +336,21 @@ def summary(algo: str, found: list[tuple[dict, float]], settings: dict, size: di
 
 
 def add_ratios(rows: list[dict]):
-    """To PPO's row of the same call; None where there is none."""
+    """To PPO's row of the same call, of seconds the median over steps of both methods' step of the same round and number, so
+    that a slow minute of the machine is in both; None where there is no PPO."""
     of = next((row for row in rows if row["algo"] == "ppo"), None)
+    parts = {"update": ["update"], "scoring_update": ["scoring", "update"], "total": ["total"]}
 
-    def parts(row):
-        s = row["seconds"]
-        return {"update": s["update"], "scoring_update": s["scoring"] + s["update"], "total": s["total"],
-                "memory": row["peak_memory_mb"]}  # fmt: skip
+    def steps(row, names):
+        return [sum(x) for x in zip(*(row["rounds"][name] for name in names), strict=True)]
 
     for row in rows:
-        row["ratio_to_ppo"] = {k: round(x / parts(of)[k], 3) for k, x in parts(row).items()} if of else None
+        row["ratio_to_ppo"] = None
+        if of:
+            pairs = {key: zip(steps(row, names), steps(of, names), strict=True) for key, names in parts.items()}
+            found = {key: statistics.median(x / ppo for x, ppo in steps) for key, steps in pairs.items()}
+            found["memory"] = row["peak_memory_mb"] / of["peak_memory_mb"]
+            row["ratio_to_ppo"] = {key: round(x, 3) for key, x in found.items()}
 
 
 # --- The table, the file ------------------------------------------------------------------------------------------------

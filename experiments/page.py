@@ -1,7 +1,9 @@
 """Tables of EXPERIMENTS.md and of the README's toy world, from experiments/*.json.
 
-python experiments/page.py            # rewrites what stands between <!-- table NAME --> and <!-- end -->
-python experiments/page.py --check    # says what differs, writes nothing; exit code 1 if something does
+    python experiments/page.py            # rewrites what stands between <!-- table NAME --> and <!-- end -->
+    python experiments/page.py --check    # says what differs, writes nothing; exit code 1 if something does
+
+A number is the mean over seeds, with its 95 % interval (Student's t) in brackets; a dash where nothing was measured.
 """
 
 from __future__ import annotations

@@ -140,12 +140,13 @@ def job(name: str, run: Run, seed: int) -> Job:
 def execute(jobs: dict[str, Job], workers: int = 2) -> bool:
     """All jobs, the first that is ready first; False if one failed, which leaves out what needs it."""
     code, started = same_code(), time.time()
-    mark = FOLDER / "code"
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    if mark.is_file() and mark.read_text() != code and any(job.done() for job in jobs.values()):
-        raise SystemExit(f"error: {FOLDER} holds runs of another state of the code: move it aside, and begin again")
-    mark.write_text(code)
     done = {name for name, job in jobs.items() if job.done()}
+    for folder in (jobs[name].folder for name in done):
+        mark = folder / "code"
+        if not mark.is_file() or mark.read_text() != code:
+            raise SystemExit(
+                f"error: {folder} is of another state of the code: move {folder.parent} aside, and begin again"
+            )
     waiting, running, failed, lock = [name for name in jobs if name not in done], set(), [], threading.Condition()
     total = sum(jobs[name].seconds for name in waiting)
     print(f"{len(done)} runs are done, {len(waiting)} to go: about {total / 60 / workers:.0f} minutes", flush=True)
@@ -178,6 +179,7 @@ def execute(jobs: dict[str, Job], workers: int = 2) -> bool:
                 elif same_code() != code:
                     failed.append(f"{name}: the code has changed meanwhile; remove {job.folder} and begin again")
                 else:
+                    (job.folder / "code").write_text(code)
                     done.add(name)
                 lock.notify_all()
                 left = sum(jobs[x].seconds for x in (*waiting, *running))

@@ -137,14 +137,11 @@ def write_data(model: str, folder: Path, size: dict):
             )
         print(f"{writer}: gold {np.mean([gold(p, a['text'], a['complete']) for p in asked for a in answers[p][-1:]]):.2f}, "
               f"such as {texts[0]!r}", flush=True)  # fmt: skip
-    whole = [
-        (p, a) for p in asked for a in answers[p] if a["complete"]
-    ]  # a text without its end would be read as one with it
+    whole = [(p, a) for p in asked for a in answers[p] if a["complete"]]  # the others are graded, but not imitated
     write_jsonl(folder / "sft.jsonl", [{"prompt": p, "completion": a["text"]} for p, a in whole])
     write_jsonl(folder / "rl.jsonl", [{"prompt": p} for p in prompts("rl")])
     write_jsonl(folder / "sampled.jsonl", [{"prompt": p} for p in prompts("rl")[: size["sampled"]]])
-    graded = [{"prompt": p, "responses": [a for q, a in whole if q == p]} for p in asked]
-    write_jsonl(folder / "graded.jsonl", [row for row in graded if len(row["responses"]) > 1])
+    write_jsonl(folder / "graded.jsonl", [{"prompt": p, "responses": answers[p]} for p in asked])
 
 
 def jobs(model: str, folder: Path, size: dict) -> dict[str, runner.Job]:

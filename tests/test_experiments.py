@@ -76,6 +76,12 @@ def test_a_table_between_its_marks_is_made_anew_and_the_rest_stays():
     assert page.rewritten(text, {"x": lambda: "new"}) == text.replace("old", "new")
 
 
+def put_back(patch):
+    """At its end, what experiments/variants.py replaces is as before."""
+    for name in ("score_rollout", "render", "advantages"):
+        patch.setattr(dvpo, name, getattr(dvpo, name))
+
+
 @pytest.fixture
 def small(monkeypatch):
     """A world of few prompts, a model of a layer, few texts to grade by."""
@@ -87,8 +93,7 @@ def small(monkeypatch):
         monkeypatch.setattr(demo, name, 4)
     monkeypatch.setattr(demo, "BEST_OF", (1, 2))
     monkeypatch.setattr(demo, "TEXTS", 6)
-    for name in ("score_rollout", "render", "advantages"):  # what variants replace, put back after the test
-        monkeypatch.setattr(dvpo, name, getattr(dvpo, name))
+    put_back(monkeypatch)
 
 
 STEPS = {
@@ -121,8 +126,7 @@ def test_from_runs_to_tables(small, monkeypatch, tmp_path):
             script, words = Path(job.words[1]).stem, [*job.words[2:], *STEPS.get(wanted[name].script, RL).split()]
             with monkeypatch.context() as patch:
                 if script == "variants":
-                    for replaced in ("score_rollout", "render", "advantages"):
-                        patch.setattr(dvpo, replaced, getattr(dvpo, replaced))  # put back after
+                    put_back(patch)
                     variants.VARIANTS[words[0]](words)
                     script, words = "dvpo", words[1:]
                 importlib.import_module(script).main(words)
@@ -175,6 +179,8 @@ def test_runs_of_another_state_of_the_code_are_refused(monkeypatch, tmp_path):
     code = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(parents=True); (pathlib.Path(sys.argv[1]) / 'summary.json').touch()"
     job = run.Job([sys.executable, "-c", code, str(tmp_path / "a")], tmp_path / "a", [], 1)
     assert run.execute({"a": job}) and run.execute({"a": job})
+    other = run.Job([sys.executable, "-c", code, str(tmp_path / "b")], tmp_path / "b", [], 1)
     monkeypatch.setattr(run, "same_code", lambda: "another")
+    assert run.execute({"b": other})  # which does not make the first one's code the same
     with pytest.raises(SystemExit, match="another state of the code"):
         run.execute({"a": job})

@@ -100,17 +100,12 @@ def test_steps(start, algo, shared):
     assert numbers(start) == expected and found["commit"] in README
 
 
-def test_steps_by_round():
+def test_steps_one_by_one():
     found = json.loads((ROOT / "bench" / "results" / "step_cpu_100m.json").read_text())
-    count = found["settings"]["steps"]
     rows = {(row["algo"], row["share_backbone"]): row["rounds"] for row in found["rows"]}
-
-    def by_round(rounds):
-        both = [a + b for a, b in zip(rounds["scoring"], rounds["update"], strict=True)]
-        return [sum(both[i : i + count]) for i in range(0, len(both), count)]
-
+    both = lambda rounds: [a + b for a, b in zip(rounds["scoring"], rounds["update"], strict=True)]
     for shared, text in ((False, "lies between {} and {}"), (True, "`--share_backbone` between {} and {}")):
-        pairs = zip(by_round(rows["dvpo", shared]), by_round(rows["ppo", False]), strict=True)
+        pairs = zip(both(rows["dvpo", shared]), both(rows["ppo", False]), strict=True)
         ratios = sorted(f"{ours / ppo:.2f}" for ours, ppo in pairs)
         assert text.format(ratios[0], ratios[-1]) in README, ratios
 
@@ -119,7 +114,8 @@ def test_lora():
     found = json.loads((ROOT / "bench" / "results" / "lora_cpu.json").read_text())
     beside, merged, merging = (statistics.median(found["seconds"][name]) for name in ("beside", "merged", "merging"))
     off = f"{found['weights_off']:.0e}".replace("e-0", "e-")
-    said = f"{beside:.1f} s beside the base, {merged:.1f} s merged and {merging:.1f} s for merging and taking out, "
+    sizes = f"rank {found['rank']} on all linear layers, {found['responses']} responses of {found['tokens']} tokens on one CPU core"
+    said = f"{sizes} take {beside:.1f} s beside the base, {merged:.1f} s merged and {merging:.1f} s for merging and taking out, "
     text = " ".join((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split())
     assert f"{said}after which weights were off by {off}" in text
 
@@ -169,4 +165,9 @@ def peers_table() -> str:
 
 
 def test_peers():
-    assert peers_table() in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert peers_table() in text
+    losses = json.loads((ROOT / "bench" / "results" / "peers.json").read_text())["losses"]
+    pairs = [pair for row in losses for pair in zip(row["ours"], row["trl"], strict=True)]
+    gap = f"{max(abs(a - b) / max(abs(b), 1e-9) for a, b in pairs):.0e}".replace("e-0", "e-")
+    assert f"(the largest relative gap is {gap})" in text

@@ -213,7 +213,8 @@ def test_resume_with_other_prompts_is_refused(home, tmp_path, capsys):
 
 def test_killed_and_resumed(home, tmp_path):
     """SIGKILL at some moment, from the command line."""
-    flags = {"policy": home / "policy", "reward_model": home / "rm", "n": 4, "batch_size": 4, "max_response_tokens": 40}
+    flags = {"policy": home / "policy", "reward_model": home / "rm", "n": 4, "batch_size": 4, "max_response_tokens": 40,
+             "split": "train[:48]"}  # fmt: skip
     command = [sys.executable, str(ROOT / "sample.py"), *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     whole = subprocess.run([*command, "--output_dir", "whole"], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -223,12 +224,12 @@ def test_killed_and_resumed(home, tmp_path):
     )
     part = tmp_path / "part/parts/rank_0.jsonl"
     for _ in range(3000):
-        if part.exists() and part.read_text().count("\n") > 20:
+        if part.exists() and part.read_text().count("\n") > 8:
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (tmp_path / "part/graded.jsonl").exists() and 20 < part.read_text().count("\n") < 128
+    assert not (tmp_path / "part/graded.jsonl").exists() and 8 < part.read_text().count("\n") < 48
     again = subprocess.run(
         [*command, "--output_dir", "part", "--resume"], cwd=tmp_path, env=env, capture_output=True, text=True
     )

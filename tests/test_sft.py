@@ -251,6 +251,8 @@ def test_sft_on_graded_rows_takes_the_best_and_nulls_are_no_fields():
         cut = [r | {"complete": r["text"] != best} for r in responses]  # the best was cut: the next is imitated
         others = [score for score in scores if score is not None and str(score) != best]
         assert sft.canonical({"prompt": "a", "responses": cut})["completion"] == str(max(others))
+        cut = [r | {"complete": False} for r in responses]  # all were: the best of them
+        assert sft.canonical({"prompt": "a", "responses": cut})["completion"] == best
 
 
 def test_hh_transcripts_are_split_before_the_last_answer():

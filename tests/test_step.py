@@ -41,8 +41,10 @@ def test_a_method_is_measured_in_processes_of_its_own(tmp_path):
 
 def test_ratios_are_to_ppo_of_the_same_call():
     rows = [
-        {"algo": "dvpo", "seconds": {"rollout": 1.0, "scoring": 1.0, "update": 2.0, "total": 4.0}, "peak_memory_mb": 60.0},
-        {"algo": "ppo", "seconds": {"rollout": 1.0, "scoring": 2.0, "update": 5.0, "total": 8.0}, "peak_memory_mb": 100.0},
+        {"algo": "dvpo", "peak_memory_mb": 60.0,
+         "rounds": {"scoring": [1.0, 1.0, 2.0], "update": [2.0, 2.0, 4.0], "total": [4.0, 5.0, 8.0]}},
+        {"algo": "ppo", "peak_memory_mb": 100.0,
+         "rounds": {"scoring": [2.0, 4.0, 4.0], "update": [5.0, 4.0, 10.0], "total": [8.0, 5.0, 16.0]}},
     ]  # fmt: skip
     step.add_ratios(rows)
     assert rows[0]["ratio_to_ppo"] == {"update": 0.4, "scoring_update": 0.429, "total": 0.5, "memory": 0.6}
