@@ -31,8 +31,16 @@ from eval import calibration, demo
 
 SAMPLES = 6  # held-out prompts whose responses are shown
 INK = "#010203"  # stands for the page's text colour in a picture: `svg` turns it into currentColor
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "os^DvPX"  # one more than colours, so that 42 runs differ
+SOLID, DASHED = "-", (0, (4, 2))
+LOOKS = {  # method -> colour, marker, line: the same in every picture; where two are alike in grey, marker or line tells them apart
+    "dvpo": ("#0b3c8c", "o", SOLID), "dvpo_q": ("#5aa9e6", "s", SOLID), "ppo": ("#d1353f", "^", SOLID),
+    "remax": ("#ee8a1d", "D", SOLID), "rloo": ("#7a5c00", "v", SOLID), "grpo": ("#3fae49", "P", SOLID),
+    "reinforce++": ("#7b2d8b", "X", SOLID), "vcb": ("#006d5b", "o", DASHED), "dpo": ("#e377a8", "s", DASHED),
+    "ipo": ("#8d8d8d", "^", DASHED), "slic": ("#b9a800", "D", DASHED), "rrhf": ("#4d2c1d", "v", DASHED),
+    "rest": ("#45c4b8", "P", DASHED),
+}  # fmt: skip
+OTHERS = ("#1a9fb3", "#c2185b", "#6b8e23", "#5d5d9e", "#c76b3a", "#2f4f4f")  # of runs that are no method of ours
+MARKERS = "hpd<>*8"  # one more than colours, so that 42 such runs differ
 POSITIVE, NEGATIVE = "#2f7fbf", "#d9822b"
 # orange - white - blue, its ends of like darkness: safe for colour-blind readers; every box has its number as well
 SCALE = LinearSegmentedColormap.from_list("value", ["#a34f00", "#eda557", "#f6f4ef", "#7db2dc", "#0b5394"])
@@ -74,9 +82,18 @@ def with_interval(gold: dict) -> str:
 
 
 def smooth(values, window: int = 0) -> np.ndarray:
-    """Centred moving average, narrower at the ends; the default window is a tenth of the curve, at least 3."""
+    """Moving average, as far to the left as to the right of each point, so that a curve that rises starts where its data do;
+    the default window is a tenth of the curve, at least 3."""
     values, half = np.asarray(values, dtype=float), (window or max(3, len(values) // 10)) // 2
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+    reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+    return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
+
+
+def looks(names) -> dict:
+    """Name -> colour, marker and line."""
+    rest = [name for name in names if name not in LOOKS]
+    new = {name: (OTHERS[i % 6], MARKERS[i % 7], SOLID if i < 6 else DASHED) for i, name in enumerate(rest)}
+    return {name: LOOKS.get(name) or new[name] for name in names}
 
 
 def dvpo_run(results: dict) -> str | None:
@@ -223,14 +240,14 @@ def png(draw, *inputs, path: Path):
 def draw_curves(curves: dict, sft: float | None, ink: str) -> Figure:
     """Gold reward and KL of the rollouts, step by step: raw thin, smoothed thick with the run's own marker."""
     figure = Figure((10, 4.1), layout="constrained")
-    axes = figure.subplots(1, 2)
+    axes, look = figure.subplots(1, 2), looks(curves)
     for i, (name, rows) in enumerate(curves.items()):
-        colour, marker, steps = COLOURS[i % 6], MARKERS[i % 7], [row["step"] for row in rows]
+        (colour, marker, line), steps = look[name], [row["step"] for row in rows]
         every = max(1, len(rows) // 8)
         for axis, key in zip(axes, ("gold", "kl")):
             values = [row[key] for row in rows]
             axis.plot(steps, values, color=colour, linewidth=0.8, alpha=0.42)
-            axis.plot(steps, smooth(values), color=colour, linewidth=2, marker=marker, markersize=6,
+            axis.plot(steps, smooth(values), color=colour, linestyle=line, linewidth=2, marker=marker, markersize=6,
                       markevery=(min(i * every // max(1, len(curves)), len(rows) - 1), every), label=name)  # fmt: skip
     if sft is not None:
         axes[0].axhline(sft, color=ink, linewidth=1.2, linestyle=(0, (5, 4)), label="SFT, held-out prompts")
@@ -245,15 +262,14 @@ def draw_curves(curves: dict, sft: float | None, ink: str) -> Figure:
 def draw_frontier(frontier: dict, best_of_n: list, ink: str) -> Figure:
     """Gold and proxy reward against KL: a line per method, a point per snapshot and the final policy, the last one ringed."""
     figure = Figure((10, 4.6), layout="constrained")
-    axes = figure.subplots(1, 2)
+    axes, look = figure.subplots(1, 2), looks(frontier)
     for axis, key, title in zip(axes, ("gold", "proxy"), ("gold reward", "proxy reward (the RM's), standardised")):
-        for i, (name, points) in enumerate(frontier.items()):
+        for name, points in frontier.items():
             points = [point for point in points if key in point]
             if not points:
                 continue
-            x, y, colour = [q["kl"] for q in points], [q[key] for q in points], COLOURS[i % 6]
-            axis.plot(x, y, color=colour, marker=MARKERS[i % 7], markersize=4.5, linewidth=1.5, label=name,
-                      linestyle="-" if i < 6 else (0, (4, 2)))  # fmt: skip
+            x, y, (colour, marker, line) = [q["kl"] for q in points], [q[key] for q in points], look[name]
+            axis.plot(x, y, color=colour, marker=marker, markersize=4.5, linewidth=1.5, label=name, linestyle=line)
             axis.plot(x[-1:], y[-1:], "o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
         if best_of_n:
             x, y = [row["kl"] for row in best_of_n], [row[key] for row in best_of_n]
@@ -292,9 +308,9 @@ def draw_lengths(methods: dict, ink: str) -> Figure:
         stats.append(dict(zip(keys, row["length_quartiles"])) | {"label": name, "fliers": [], "mean": row["length"]})
     line = {"color": ink, "linewidth": 1}
     axis.bxp(stats, orientation="horizontal", showmeans=True, patch_artist=True, widths=0.55, whiskerprops=line, capprops=line,
-             boxprops={"facecolor": COLOURS[5], "edgecolor": ink, "linewidth": 0.8, "alpha": 0.6},
+             boxprops={"facecolor": "#56B4E9", "edgecolor": ink, "linewidth": 0.8, "alpha": 0.6},
              medianprops={"color": ink, "linewidth": 2},
-             meanprops={"marker": "D", "markersize": 5, "markerfacecolor": COLOURS[1], "markeredgecolor": ink})  # fmt: skip
+             meanprops={"marker": "D", "markersize": 5, "markerfacecolor": "#D55E00", "markeredgecolor": ink})  # fmt: skip
     axis.invert_yaxis(), axis.set_xlabel("tokens, EOS included"), axis.set_xlim(left=0)
     axis.grid(axis="x", color=ink, alpha=0.13, linewidth=0.7), axis.tick_params(length=3, width=0.7)
     return figure

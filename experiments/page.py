@@ -27,8 +27,16 @@ NAMES = {
     "dvpo_q_start": "`q` less V(s_1)", "dvpo_released": "the released code's form", "dvpo_no_tau": "GVM trained without τ",
     "dvpo_no_tau_shown": "GVM trained with τ, none shown", "dvpo_other_tau": "another policy's τ", "dvpo_all_tokens": "no outcome share",
     "dvpo_td_95": "TD(0.95)", "dvpo_td_0": "TD(0), eq. 1", "dvpo_eq_2": "eq. 2 in the loss", "vcb_full": "VCB, all i ≠ j",
-    "vcb_mean": "VCB, mean of pairs", "dpo_length_penalty": "DPO, length penalty 0.1",
+    "vcb_mean": "VCB, mean of pairs", "dpo_length_penalty": "DPO, length penalty 0.1", "vcb_n_2": "VCB, n = 2", "vcb_n_4": "VCB, n = 4",
+    "vcb_n_8": "VCB, n = 8", "vcb_noise_1": "VCB, noisy scores", "dpo_noise_1": "DPO, noisy scores", "rest_noise_1": "ReST, noisy scores",
+    "rm": "reward model",
 }  # fmt: skip
+FORMS = {  # experiments/probes.py: values, and the advantage made of them
+    f"{values}_{form}": f"{said}: {text}"
+    for values, said in (("gvm", "GVM"), ("exact", "exact Q"))
+    for form, text in (("q", "q (paper)"), ("q_position", "q less its position's mean"), ("q_start", "q less V(s_1)"),
+                       ("q_minus_v", "Q − V"), ("gae", "gae, λ 0.95"), ("lam_1", "gae, λ 1"))
+} | {"reward_gold": "gold reward less its mean", "reward_rm": "reward model's less its mean"}  # fmt: skip
 
 YARDSTICKS = {
     "position": "the mean at a token's position",
@@ -42,6 +50,11 @@ class Found:
 
     def __init__(self, report: dict):
         self.runs, self.seeds, self.code = report["runs"], report["seeds"], report["code"]
+        self.probes = report.get("probes", {})
+
+    def probed(self, *path) -> np.ndarray:
+        """One number a seed, of experiments/probes.py."""
+        return np.array([math.nan if (x := _dig(one, path)) is None else x for one in self.probes.values()], float)
 
     def numbers(self, run: str, *path) -> np.ndarray:
         """One number a seed, NaN where the run or the number is missing."""
@@ -229,9 +242,51 @@ def sentiment(report: dict) -> str:
     return table(["", "gold reward", "VADER", "fluent", "KL to SFT", "perplexity (base model)", "tokens"], out)
 
 
+def gradients(found: Found) -> str:
+    rows = [
+        [text, shown(found.probed("gradient", name, "cosine")), shown(found.probed("gradient", name, "noise"), 1)]
+        for name, text in FORMS.items()
+    ]
+    return table(["advantage", "cosine with exact Q − V", "noise over signal, batch of 32"], rows)
+
+
+def teachers(found: Found) -> str:
+    """Theorem 3.1: the SFT policy's values from the GVM and from the reward model."""
+    names = {"gvm": "GVM, τ of the SFT policy's own", "gvm_no_tau_shown": "GVM, no τ shown", "rm_1": "reward model, 1 continuation",
+             "rm_4": "reward model, mean of 4", "rm_8": "reward model, mean of 8", "gold_1": "gold reward, 1 continuation"}  # fmt: skip
+    spans = ("all", "first", "later")
+    rows = [
+        [text, *(shown(found.probed("teachers", "correlation", name, span)) for span in spans)]
+        for name, text in names.items()
+    ]
+    return table(["correlation with the policy's own values", "all places", "after the first token", "later"], rows)
+
+
+def moved(found: Found) -> str:
+    rows, steps = [], [one["moved"] for one in found.probes.values()]
+    for i, point in enumerate(steps[0]):
+        at = lambda *path, i=i: shown([_dig(some[i], path) for some in steps])
+        own, none = (at("correlation", name, "all") for name in ("gvm", "gvm_no_tau_shown"))
+        rows.append([str(point["step"]), at("kl"), at("gold"), own, none])
+    return table(["step", "KL to SFT", "gold reward", "correlation, τ of its own", "no τ shown"], rows)
+
+
+def implicit(found: Found) -> str:
+    keys = ("gold", "proxy", "length", "gold_linear")
+    names = [name for name in next(iter(found.probes.values()))["implicit"]]
+    rows = []
+    for name in names:
+        digits = lambda key: (1, True) if key in ("gold", "proxy") else (2, False)
+        cells = [shown(found.probed("implicit", name, key), *digits(key)) for key in keys]
+        rows.append(
+            [NAMES[name], *("–" if (name, key) == ("rm", "proxy") else x for key, x in zip(keys, cells, strict=True))]
+        )
+    return table(["", "pairs in the gold order", "in the reward model's", "correlation with length", "with gold"], rows)
+
+
 def _dig(row, path):
     for key in path:
-        row = row[key]
+        row = row.get(key) if isinstance(row, dict) else None
     return row
 
 
@@ -276,8 +331,14 @@ def tables() -> dict[str, callable]:
             "off_equal_kl": lambda: equal_kl(toy, OFF, (0.5, 1.0, 1.5, 2.0)),
             "vcb": lambda: policies(toy, ("vcb", "vcb_n_2", "vcb_n_4", "vcb_n_8", "vcb_full", "vcb_mean"), FULL, against="vcb"),
             "betas": lambda: policies(toy, sorted(n for n in toy.runs if "_beta_" in n), ("gold reward", "proxy (RM)", "KL to SFT", "malformed")),
+            "noise": lambda: policies(toy, ("vcb", "vcb_noise_1", "dpo", "dpo_noise_1", "rest", "rest_noise_1"), FULL),
             "length": lambda: policies(toy, ("sft", "dpo", "dpo_length_penalty"), ("gold reward", "tokens", "KL to SFT"), against="dpo"),
         }  # fmt: skip
+        if toy.probes:
+            made |= {
+                "gradients": lambda: gradients(toy), "teachers": lambda: teachers(toy), "moved": lambda: moved(toy),
+                "implicit": lambda: implicit(toy),
+            }  # fmt: skip
     return made
 
 

@@ -26,6 +26,7 @@ def test_runs_have_flags_that_are_known_and_come_in_order(wanted):
         script, words = Path(job.words[1]).stem, job.words[2:]
         if script == "variants":
             script, words = "dvpo", words[1:]
+        script = "experiments.noisy" if script == "noisy" else script
         args = tyro.cli(importlib.import_module(script).Args, args=words, use_underscores=True)
         assert args.seed == 10 and Path(args.output_dir) == job.folder and "{" not in " ".join(words)
         before.add(name)
@@ -52,6 +53,14 @@ def test_sentiment_runs_have_flags_that_are_known():
 def test_prompts_of_sentiment_are_in_one_split_each():
     splits = [set(sentiment.prompts(split)) for split in ("held_out", "rl", "writers")]
     assert sum(map(len, splits)) == len(set.union(*splits)) == 3 * len(set(sentiment.THINGS))
+
+
+def test_writers_say_one_sentence():
+    first = sentiment.first_sentence
+    assert (
+        first(" The soup is fine. And more") == "The soup is fine."
+        and first("no end") == first("a line\nand an end.") == ""
+    )
 
 
 def test_intervals_are_students():

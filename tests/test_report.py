@@ -185,7 +185,19 @@ def test_builders():
 
 def test_smooth():
     assert np.allclose(report.smooth([1.0] * 30), 1) and len(report.smooth([5])) == 1
-    assert np.allclose(report.smooth([0, 3, 0, 3], 3), [1.5, 1, 2, 1.5])
+    assert np.allclose(report.smooth([0, 3, 0, 3], 3), [0, 1, 2, 3])
+    assert np.allclose(
+        report.smooth(np.arange(40)), np.arange(40)
+    )  # a straight line stays where it is, at its ends too
+
+
+def test_no_two_methods_look_alike():
+    found = report.looks([*report.LOOKS, *(f"run {i}" for i in range(12))])
+    assert len(set(found.values())) == len(found) and len({found[name][0] for name in report.LOOKS}) == len(
+        report.LOOKS
+    )
+    assert len({found[name][1:] for name in report.LOOKS}) == len(report.LOOKS)  # in grey: marker and line
+    assert report.looks(["ppo", "mine"])["ppo"] == report.looks(["mine", "other", "ppo"])["ppo"]
 
 
 def test_headline():

@@ -1,0 +1,259 @@
+"""The pictures of EXPERIMENTS.md and of the README's toy world, from experiments/toy.json: docs/*.png.
+
+    python experiments/pictures.py
+
+Lines and dots are means over seeds, bands and whiskers 95 % intervals over seeds (Student's t), small dots single seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from eval import report
+from experiments import page
+from experiments.page import OFF, ON, Found, gammas, interval
+
+DOCS = page.ROOT / "docs"
+SAID = {"right_tau": "τ of the writer", "other_tau": "τ of another", "no_tau_shown": "none shown", "trained_without": "trained without τ",
+        "bayes_tau": "Bayes-optimal, τ", "bayes_no_tau": "Bayes-optimal, no τ", "variance": "position's mean"}  # fmt: skip
+
+
+def seeds_of(found: Found) -> str:
+    return f"seeds {found.seeds[0]} to {found.seeds[-1]}" if len(found.seeds) > 1 else f"seed {found.seeds[0]}"
+
+
+def plain(name: str) -> str:
+    return page.NAMES.get(name, name).replace("`", "")
+
+
+def band(axis, x, rows, look, label: str, every: int = 0, smooth: bool = False):
+    """The mean of rows (seeds, points) with its interval."""
+    colour, marker, line = look
+    rows = np.array([report.smooth(row) for row in rows]) if smooth else np.asarray(rows, float)
+    mean, low, high = np.array([interval(column) for column in rows.T]).T
+    axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    axis.plot(
+        x,
+        mean,
+        color=colour,
+        linestyle=line,
+        marker=marker,
+        markevery=every or 1,
+        markersize=5,
+        linewidth=1.8,
+        label=label,
+    )
+
+
+def finish(figure, axes, titles, ink, note: str, columns: int = 4):
+    for axis, (title, below) in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=11), axis.set_xlabel(below)
+        axis.grid(color=ink, alpha=0.13, linewidth=0.7), axis.tick_params(length=3, width=0.7)
+    handles = {label: one for axis in axes for one, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=9, title=note, title_fontsize=8.5
+    )
+    return figure
+
+
+def draw_curves(found: Found, names, ink: str) -> Figure:
+    figure = Figure((10, 4.4), layout="constrained")
+    axes, look = figure.subplots(1, 2), report.looks(names)
+    for i, name in enumerate(names):
+        for axis, key in zip(axes, ("gold", "kl"), strict=True):
+            rows = page.curve(found, name, key)
+            x = np.arange(1, rows.shape[1] + 1)
+            band(axis, x, rows, look[name], plain(name), (5 + 2 * i, 18), smooth=True)
+    sft = np.mean(found.numbers("sft", "gold", "mean"))
+    axes[0].axhline(sft, color=ink, linewidth=1.2, linestyle=(0, (1, 2)), label="SFT, held-out prompts")
+    titles = [
+        ("gold reward of the rollouts", "step (64 responses)"),
+        ("KL to the SFT policy, nats a response", "step (64 responses)"),
+    ]
+    return finish(
+        figure, axes, titles, ink, f"moving averages; means of {seeds_of(found)} with 95 % intervals over seeds"
+    )
+
+
+def points(found: Found, name: str):
+    """(kl, gold, proxy) along a run from SFT, mean over seeds."""
+    start = [[0.0, 0.0, 0.0], found.numbers("sft", "gold", "mean"), found.numbers("sft", "proxy", "mean")]
+    rows = [found.runs[name][str(seed)] for seed in found.seeds]
+    final = [[row["kl"], row["gold"]["mean"], row["proxy"]["mean"]] for row in rows]
+    steps = min(len(row["points"]) for row in rows)
+    middle = [[[row["points"][i][key] for key in ("kl", "gold", "proxy")] for row in rows] for i in range(steps)]
+    if steps and rows[0]["points"][-1]["step"] == rows[0]["summary"].get("steps"):
+        middle.pop()  # the last snapshot is the final policy, graded on fewer texts
+    return (
+        [[0.0, float(np.mean(start[1])), float(np.mean(start[2]))], *np.mean(middle, 1), np.mean(final, 0)]
+        if middle
+        else []
+    )
+
+
+def draw_frontier(found: Found, names, ink: str) -> Figure:
+    figure = Figure((10, 5), layout="constrained")
+    axes, look = figure.subplots(1, 2), report.looks(names)
+    for name in names:
+        line = np.array(points(found, name))
+        colour, marker, dash = look[name]
+        for axis, column in zip(axes, (1, 2), strict=True):
+            axis.plot(
+                line[:, 0],
+                line[:, column],
+                color=colour,
+                linestyle=dash,
+                marker=marker,
+                markersize=4.5,
+                linewidth=1.5,
+                label=plain(name),
+            )
+            axis.plot(*line[-1, [0, column]], "o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
+    best = [found.runs["sft"][str(seed)]["best_of_n"] for seed in found.seeds]
+    for axis, key in zip(axes, ("gold", "proxy"), strict=True):
+        mean = lambda key, best=best: [np.mean([row[i][key] for row in best]) for i in range(len(best[0]))]
+        sizes = ", ".join(f"{row['n']:.0f}" for row in best[0])
+        axis.plot(
+            mean("kl"), mean(key), color=ink, linestyle=":", marker=".", linewidth=1.6, label=f"best of n = {sizes}"
+        )
+    below = "KL to the SFT policy, nats a response"
+    titles = [("gold reward, held-out prompts", below), ("proxy: the reward model's score, standardised", below)]
+    return finish(
+        figure, axes, titles, ink, f"means of {seeds_of(found)}; a point a snapshot, the final policy ringed", 5
+    )
+
+
+def draw_values(found: Found, ink: str) -> Figure:
+    """Left: error of token values by position. Right: what the frozen GVM still knows of DVPO's policy as it moves."""
+    figure = Figure((10, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    look = dict(zip(SAID, [*report.looks(list("abcde")).values(), (ink, "", ":"), (ink, "", (0, (5, 2)))], strict=True))
+    for name in ("right_tau", "other_tau", "no_tau_shown", "trained_without", "bayes_tau", "bayes_no_tau", "variance"):
+        rows = [one["positions"][name] for one in found.probes.values() if name in one["positions"]]
+        if rows:
+            width = min(map(len, rows))
+            band(left, np.arange(1, width + 1), np.array([row[:width] for row in rows]), look[name], SAID[name], (1, 3))
+    left.set_ylim(bottom=0)
+    for name, key in (("gvm", "right_tau"), ("gvm_no_tau_shown", "no_tau_shown")):
+        steps = [[point for point in one["moved"]] for one in found.probes.values()]
+        first = [one["teachers"]["correlation"][name]["all"] for one in found.probes.values()]
+        rows = np.array(
+            [[a, *(p["correlation"][name]["all"] for p in some)] for a, some in zip(first, steps, strict=True)], float
+        )
+        kl = np.mean([[0.0, *(p["kl"] for p in some)] for some in steps], 0)
+        label = "τ of its own" if name == "gvm" else SAID[key]
+        band(right, kl, rows, look[key], label)
+    titles = [("mean squared error of token values", "token of the response"),
+              ("correlation of Q with the policy's own values", "KL of DVPO's policy to SFT, nats a response")]  # fmt: skip
+    note = (
+        f"right: truth by the gold reward of continuations; means of {seeds_of(found)} with 95 % intervals over seeds"
+    )
+    return finish(figure, (left, right), titles, ink, note)
+
+
+def draw_dots(found: Found, groups: dict, ink: str) -> Figure:
+    """Gold reward and KL of final policies, a row each: groups is title -> names of runs."""
+    rows = [row for title, names in groups.items() for row in (None, *names)]
+    figure = Figure((10, 0.7 + 0.27 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    look, labels = report.looks([name for name in rows if name]), []
+    titles = iter(groups)
+    for y, name in enumerate(rows):
+        if name is None:
+            labels.append(next(titles))
+            continue
+        labels.append(plain(name))
+        for axis, path in zip(axes, (("gold", "mean"), ("kl",)), strict=True):
+            x = found.numbers(name, *path)
+            mean, low, high = interval(x)
+            axis.plot(x, [y] * len(x), ".", color=look[name][0], alpha=0.45, markersize=4)
+            if low == low:
+                axis.plot([low, high], [y, y], color=look[name][0], linewidth=1.6)
+            axis.plot(mean, y, look[name][1], color=look[name][0], markersize=6.5)
+    axes[0].set_yticks(range(len(rows)), labels, fontsize=9), axes[0].invert_yaxis()
+    for tick, name in zip(axes[0].get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("normal" if name else "bold")
+    below = f"mean, 95 % interval and single seeds ({seeds_of(found)})"
+    for axis, title in zip(axes, ("gold reward, held-out prompts", "KL to the SFT policy"), strict=True):
+        axis.set_title(title, fontsize=11), axis.set_xlabel(below if axis is axes[0] else "nats a response")
+        axis.grid(axis="x", color=ink, alpha=0.13, linewidth=0.7), axis.tick_params(length=3, width=0.7)
+    return figure
+
+
+GROUPS = {
+    "ladder": {
+        "values are exact, or learned": ("dvpo_exact_q", "dvpo", "dvpo_no_tau"),
+        "reward is exact, or learned": ("ppo_gold", "ppo", "ppo_rm_2_epochs"),
+        "what τ is shown to DVPO's GVM": ("dvpo", "dvpo_no_tau_shown", "dvpo_other_tau"),
+        "advantages from the same Q": ("dvpo", "dvpo_lam_1", "dvpo_q_minus_v", "dvpo_q", "dvpo_q_position", "dvpo_q_start", "dvpo_released"),
+        "targets of the GVM, no τ": ("dvpo_no_tau", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0", "dvpo_eq_2"),
+    },
+    "off_policy": {
+        "VCB paper's methods": OFF,
+        "γ": (),
+        "responses to a prompt, pairs": ("vcb_n_2", "vcb_n_4", "vcb_n_8", "vcb", "vcb_full", "vcb_mean"),
+        "noise of one standard deviation in the scores": ("vcb_noise_1", "dpo_noise_1", "rest_noise_1"),
+        "length": ("dpo", "dpo_length_penalty"),
+    },
+}  # fmt: skip
+
+
+def draw_gradient(found: Found, ink: str) -> Figure:
+    figure = Figure((10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    names = list(next(iter(found.probes.values()))["gradient"])
+    for y, name in enumerate(names):
+        for axis, key in zip(axes, ("cosine", "noise"), strict=True):
+            x = np.array([one["gradient"][name][key] for one in found.probes.values()], float)
+            colour = "#d1353f" if name.startswith("reward") else "#0b3c8c" if name.startswith("gvm") else "#3fae49"
+            mean, low, high = interval(x)
+            (
+                axis.plot(x, [y] * len(x), ".", color=colour, alpha=0.45, markersize=4),
+                axis.plot(mean, y, "o", color=colour),
+            )
+            axis.plot([low, high], [y, y], color=colour, linewidth=1.6)
+    axes[0].set_yticks(range(len(names)), [page.FORMS[name] for name in names], fontsize=9), axes[0].invert_yaxis()
+    axes[1].set_xscale("log")
+    titles = ("cosine with the gradient of exact Q − V", "noise over signal of a batch of 32")
+    for axis, title in zip(axes, titles, strict=True):
+        (
+            axis.set_title(title, fontsize=11),
+            axis.set_xlabel(f"mean, 95 % interval and single seeds ({seeds_of(found)})", fontsize=9),
+        )
+        axis.grid(color=ink, alpha=0.13, linewidth=0.7), axis.tick_params(length=3, width=0.7)
+    return figure
+
+
+def pictures(found: Found) -> dict:
+    """File name -> how it is drawn, for what the results hold."""
+    there = lambda names: [name for name in names if name in found.runs]
+    made = {}
+    if "ppo" in found.runs and "dvpo" in found.runs:
+        made["learning_curve"] = (draw_curves, found, there(("dvpo", "dvpo_q", "ppo")))
+        made["learning_curves"] = (draw_curves, found, there(ON))
+        made["frontier"] = (draw_frontier, found, [name for name in there((*ON, *OFF)) if points(found, name)])
+    for name, groups in GROUPS.items():
+        groups = groups | ({"γ": gammas(found)} if "γ" in groups else {})
+        groups = {title: some for title, names in groups.items() if (some := there(names))}
+        if groups:
+            made[name] = (draw_dots, found, groups)
+    if found.probes:
+        made |= {"values": (draw_values, found), "gradient": (draw_gradient, found)}
+    return made
+
+
+def main():
+    found = Found(json.loads((page.ROOT / "experiments" / "toy.json").read_text()))
+    for name, (draw, *inputs) in pictures(found).items():
+        report.png(draw, *inputs, path=DOCS / f"{name}.png")
+        print(f"docs/{name}.png written")
+
+
+if __name__ == "__main__":
+    main()
