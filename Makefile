@@ -45,6 +45,11 @@ lint: .venv/done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+experiments: .venv/done  ## all runs of EXPERIMENTS.md's toy world, its tables and pictures: says first how long; goes on where it stopped
+	$(PY) experiments/run.py
+	$(PY) experiments/pictures.py
+	$(PY) experiments/page.py
+
 bench: .venv/done
 	$(PY) bench/kernels.py
 
@@ -55,4 +60,4 @@ bench: .venv/done
 	.venv/bin/pip install -q -r requirements.txt
 	touch $@
 
-.PHONY: demo demo-all test test-all lint bench
+.PHONY: demo demo-all test test-all lint bench experiments

@@ -29,10 +29,9 @@ import toy
 from eval import calibration, demo
 from experiments import measure
 
-TEXTS, CONTINUED = (
-    96,
-    16,
-)  # texts by each policy; continuations from a place in one, half for the truth where a model reads too
+TEXTS = 96  # of a policy, each with three places to go on from
+CONTINUED = 16  # continuations from a place; half for the truth, half for what a reward model makes of them
+DRAWN = 256  # texts that a snapshot's KL is measured on
 BATCH, BATCHES = 32, 16  # responses in a gradient, gradients
 
 
@@ -105,12 +104,13 @@ def continued(bench, policy, seed: int, reader=None) -> dict:
         said_of |= {"gold_1": gold[:, half]}  # what one continuation tells when its reward is exact
     first = np.array([t == 1 for _, t in places])
     # V at a place is at best known but for the truth's own noise, whose share of the truth's variance is told beside it
-    noise = gold[:, :half].var(1, ddof=1).mean() / half / truth.var(ddof=1)
+    spread = float(truth.var(ddof=1))
+    noise = float(gold[:, :half].var(1, ddof=1).mean()) / half / spread if spread else None
     found = {
         name: {"all": correlation(x, truth), "first": correlation(x[first], truth[first]), "later": correlation(x[~first], truth[~first])}
         for name, x in said_of.items()
     }  # fmt: skip
-    return {"correlation": found, "noise": float(noise), "gold": float(gold.mean()), "places": len(places)}
+    return {"correlation": found, "noise": noise, "gold": float(gold.mean()), "places": len(places)}
 
 
 def moved(bench) -> list[dict]:
@@ -118,7 +118,7 @@ def moved(bench) -> list[dict]:
     found = []
     for folder in sorted((bench.folder / "dvpo" / "snapshots").glob("step_*[0-9]"), key=lambda p: int(p.name[5:])):
         policy = calibration.Model(str(folder), bench.tokenizer, bench.args, bench.reference.device)
-        rows = drawn(bench, policy, 256, 5)
+        rows = drawn(bench, policy, DRAWN, 5)
         asked, responses = [row[1] for row in rows], [row[2] for row in rows]
         ratio = policy.log_probs(asked, responses) - bench.reference.log_probs(asked, responses)
         one = continued(bench, policy, 3) | {"step": int(folder.name[5:]), "kl": float(ratio.double().sum(1).mean())}
@@ -212,7 +212,7 @@ def implicit(bench) -> dict:
     repeated = [i for i in bench.ids for _ in range(n)]
     length = np.reshape([len(r) for r in responses], (-1, n)).astype(float)
     gold, proxy = base["reward"]["gold"], base["reward"]["proxy"]
-    agrees = lambda x, y: 1 - calibration.misalignment_rate(x, y)
+    agrees = lambda x, y: None if (wrong := calibration.misalignment_rate(x, y)) is None else 1 - wrong
     within = lambda x, y: correlation(x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True))
     told = lambda x: {
         "gold": agrees(x, gold),

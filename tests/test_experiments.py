@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dvpo
 import toy
 from eval import demo
-from experiments import measure, page, run, sentiment, variants
+from experiments import measure, page, pictures, policies, probes, run, sentiment, variants
 
 
 @pytest.mark.parametrize("wanted", [run.runs, run.runs_to_tune])
@@ -47,6 +47,22 @@ def test_sentiment_runs_have_flags_that_are_known():
     jobs = sentiment.jobs("model", Path("out"), sentiment.SIZES["full"])
     for name, job in jobs.items():
         assert set(jobs).issuperset(job.needs), name
+        tyro.cli(importlib.import_module(Path(job.words[1]).stem).Args, args=job.words[2:], use_underscores=True)
+
+
+def test_real_policies_are_held_out_and_their_runs_have_flags_that_are_known(tmp_path):
+    answer = lambda i, j: {"policy": f"p{j}", "text": "x" * (j + 1), "score": j + 0.1 * i}
+    rows = [{"prompt": f"q{i}", "responses": [answer(i, j) for j in range(8)]} for i in range(12)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    about = policies.write_data(tmp_path / "data.jsonl", tmp_path, policies.SIZES["tiny"])
+    read = lambda name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    who = lambda name: {a["policy"] for row in read(name) for a in row["responses"]}
+    assert about["policies_held_out"] == ["p2", "p6"] and who("unseen") == {"p2", "p6"}
+    assert not who("train") & who("unseen") and not who("seen") & who("unseen")
+    asked = {name: {row["prompt"] for row in read(name)} for name in ("train", "seen", "unseen")}
+    assert asked["seen"] == asked["unseen"] and not asked["seen"] & asked["train"]
+    assert policies.of_whole_texts(tmp_path / "unseen.jsonl")["mean"] == 1  # the longer, the better: by construction
+    for job in policies.jobs("model", tmp_path).values():
         tyro.cli(importlib.import_module(Path(job.words[1]).stem).Args, args=job.words[2:], use_underscores=True)
 
 
@@ -98,6 +114,8 @@ def small(monkeypatch):
     tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     monkeypatch.setattr(toy, "prompts", lambda split: prompts(split)[:16])
     monkeypatch.setattr(toy, "config", lambda **given: config(**given | tiny))
+    for name, value in {"TEXTS": 6, "CONTINUED": 4, "DRAWN": 8, "BATCH": 4, "BATCHES": 2}.items():
+        monkeypatch.setattr(probes, name, value)
     for name in ("SAMPLES", "POINTS"):
         monkeypatch.setattr(demo, name, 4)
     monkeypatch.setattr(demo, "BEST_OF", (1, 2))
@@ -107,7 +125,7 @@ def small(monkeypatch):
 
 STEPS = {
     "sft": "--steps 1", "gvm": "--steps 1", "rm": "--steps 1", "sample": "--split train[:4] --max_response_tokens 8",
-    "vcb": "--steps 1 --snapshot_every 1",
+    "vcb": "--steps 1 --snapshot_every 1", "dpo": "--steps 1 --snapshot_every 1",
 }  # fmt: skip
 RL = "--steps 2 --rollout_batch_size 8 --batch_size 8 --max_response_tokens 8 --snapshot_every 1"
 
@@ -124,6 +142,8 @@ def test_from_runs_to_tables(small, monkeypatch, tmp_path):
         "dvpo",
         "ppo",
         "vcb",
+        "dpo",
+        "ipo",
         "dvpo_exact_q",
         "dvpo_other_tau",
         "dvpo_released",
@@ -142,7 +162,8 @@ def test_from_runs_to_tables(small, monkeypatch, tmp_path):
             assert job.done(), name
         monkeypatch.setattr(sys, "argv", ["measure.py", str(tmp_path / f"seed{seed}")])
         measure.main()
-    report = json.loads(json.dumps({"seeds": [10, 11], "code": "", "runs": run.gathered(wanted, (10, 11))}))
+        probes.main()
+    report = json.loads(json.dumps({"seeds": [10, 11], "code": "", **run.gathered(wanted, (10, 11))}))
     assert set(report["runs"]) == set(names) - {"rm", "sample"}
     monkeypatch.setattr(page, "ROOT", tmp_path)
     (tmp_path / "experiments").mkdir()
@@ -150,10 +171,39 @@ def test_from_runs_to_tables(small, monkeypatch, tmp_path):
     made = {name: table() for name, table in page.tables().items()}
     golds = [report["runs"]["dvpo"][seed]["gold"]["mean"] for seed in ("10", "11")]
     assert f"| DVPO, `gae` | {page.shown(golds)} |" in made["headline"] and "nan" not in made["headline"]
-    for name in ("methods", "ladder", "advantages", "tau_policy", "values", "pairs", "readings"):
+    for name in (
+        "gradients",
+        "teachers",
+        "moved",
+        "implicit",
+        "methods",
+        "ladder",
+        "advantages",
+        "tau_policy",
+        "values",
+        "pairs",
+        "readings",
+    ):
         assert len({line.count("|") for line in made[name].splitlines()}) == 1, name
     assert made["values"].count("–") < 9 and "Bayes-optimal, no τ" in made["values"]
     assert "exact Q" in made["ladder"] and page.shown(golds) in made["ladder"]
+    assert all(abs(one["gradient"]["exact_q_minus_v"]["cosine"] - 1) < 1e-6 for one in report["probes"].values())
+    monkeypatch.setattr(pictures, "DOCS", tmp_path)
+    pictures.main()
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(pictures.pictures(page.Found(report)))
+
+
+def test_parts_of_the_experiments_come_together(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    (tmp_path / "experiments").mkdir()
+    part = lambda seed, name, code="a": {
+        "code": code, "seeds": [seed], "runs": {name: {str(seed): {}}}, "probes": {str(seed): {}}
+    }  # fmt: skip
+    for one in (part(11, "ppo"), part(10, "dvpo"), part(10, "ppo")):
+        run.save("toy", run.merged(one))
+    found = json.loads((tmp_path / "experiments" / "toy.json").read_text())
+    assert found["seeds"] == [10, 11] and found["runs"] == {"ppo": {"10": {}, "11": {}}, "dvpo": {"10": {}}}
+    assert run.merged(part(12, "vcb", "b")) == part(12, "vcb", "b")  # of another state of the code: begins anew
 
 
 def test_exact_q_are_the_worlds_own(small, monkeypatch, tmp_path):
