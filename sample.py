@@ -25,6 +25,7 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import hashlib
 import json
@@ -33,6 +34,8 @@ import os
 import random
 import re
 import shutil
+import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -496,22 +499,14 @@ def write_rows(path: Path, rows: list[dict]):
 
 
 def open_samples(args, rank: int, world: int) -> Path:
+    """The run's folder: new, or with --resume one whose rows are of the same kind."""
+    ended = gather_lists([rank == 0 and claim(args, ends=("graded.jsonl",))], world)[0]
     folder = Path(args.output_dir)
-    settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "resume"}
-    if rank == 0:
-        if args.resume and (folder / "args.json").is_file():
-            before = json.loads((folder / "args.json").read_text())
-            changed = [name for name, value in settings.items() if before.get(name) != value]
-            if changed:
-                stop(f"--resume: --{changed[0]} was {before.get(changed[0])!r} in {folder}, now {settings[changed[0]]!r}: "
-                     "rows would not be of one kind. Give it as it was, or another --output_dir")  # fmt: skip
-        elif folder.is_dir() and any(folder.iterdir()):
-            aside = next(p for p in (Path(f"{folder}.{i}") for i in range(1, 10**6)) if not p.exists())
-            folder.rename(aside)
-            print(f"{folder} held an earlier run: moved to {aside}")
-        (folder / "parts").mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
-    gather_lists([], world)
+    if ended:
+        if rank == 0:
+            print(f"{folder} has come to its end already: nothing is left to do")
+        raise SystemExit(0)
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -617,6 +612,16 @@ def main(argv=None):
 # ====================================================================================================================
 
 
+# Copied from sft.BOUNDS
+BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean something; any other number is 0 or more
+    **dict.fromkeys(("steps", "epochs", "batch_size", "rollout_batch_size", "ppo_epochs", "n", "best_of"), (1, math.inf)),
+    **dict.fromkeys(("micro_tokens", "max_prompt_tokens", "max_response_tokens", "max_skipped"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "critic_learning_rate", "gamma", "temperature", "clip", "kl_horizon"), (1e-12, math.inf)),
+    **dict.fromkeys(("eval_share", "outcome_share", "td_lambda", "discount", "lam", "lora_dropout", "quantiles"), (0, 1)),
+    "top_p": (1e-12, 1), "seed": (-(2**63), 2**63),
+}  # fmt: skip
+
+
 # Copied from sft.parse_args
 def parse_args(args_class, presets, paper, argv=None, doc=""):
     """`[PRESET] [--flag value ...]`. A flag that is not given has the toy world's value for a model of toy.py's, and
@@ -647,9 +652,16 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     if not preset and not toy.is_model(start):
         args = read(default=args_class(**paper))
     args.settings = f"preset {preset}'s" if preset else "the toy world's" if toy.is_model(start) else "the paper's"
-    for name in ("batch_size", "micro_tokens", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
-        if getattr(args, name, 1) < 1:
-            stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
+    for field in dataclasses.fields(args):
+        low, high = BOUNDS.get(field.name, (0, math.inf))
+        value = getattr(args, field.name)
+        for x in value if isinstance(value, tuple) else [value]:
+            low = min(low, field.default) if isinstance(field.default, (int, float)) else low
+            if isinstance(x, (int, float)) and not (low <= x <= high and math.isfinite(x)):
+                stop(
+                    f"--{field.name} {x}: give "
+                    + (f"{low} or more" if high == math.inf else f"a number from {low} to {high}")
+                )
     return args
 
 
@@ -670,7 +682,7 @@ def stop(message: str):
         extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     elif first:
-        print(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, where a bar is drawn
     raise SystemExit(2)
 
 
@@ -678,14 +690,21 @@ def stop(message: str):
 def init_distributed(args):
     """(rank, world size, device). Several processes come from torchrun; one process with ZeRO stage 0 needs none of it.
     The end of any rank, on whatever host, ends all within seconds."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
+    catch_signals()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     rank, local, world = (int(os.environ.get(x, alone[x])) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if rank >= world or (world > 1 and "MASTER_ADDR" not in os.environ):
+        stop(f"RANK {rank} of WORLD_SIZE {world} is set, but no torchrun is here: start with torchrun, or unset both")
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else DeepSpeed warns that it had to look
     if not by_deepspeed(args) or dist.is_initialized():
         return rank, world, device
+    if world == 1:
+        with socket.socket() as free:  # a port that no run beside this one has
+            free.bind(("127.0.0.1", 0))
+            alone["MASTER_PORT"] = str(free.getsockname()[1])
     os.environ.update(alone | os.environ)
     import deepspeed
 
@@ -693,10 +712,13 @@ def init_distributed(args):
     deepspeed.init_distributed(backend, timeout=limit, verbose=False)
 
     def watch():
-        message = ""
+        message, launcher = "", os.getppid()
         while not message:
             if over.wait(1):
                 return
+            if os.getppid() != launcher:
+                message = "the launcher has ended, and with it this rank"
+                break
             try:
                 message = _store[0].get("stopped").decode() if _store[0].check(["stopped"]) else ""
             except Exception:  # the host that keeps the store has gone; or this run is over and about to end
@@ -720,6 +742,33 @@ def init_distributed(args):
         atexit.register(lambda: (over.set(), watcher.join(2)))
         sys.excepthook = failed
     return rank, world, device
+
+
+# Copied from sft._signals
+_signals = []  # SIGINT, SIGTERM, as they came
+
+
+# Copied from sft._begun
+_begun = []  # the run that will see to them
+
+
+# Copied from sft.catch_signals
+def catch_signals():
+    """SIGINT and SIGTERM: the first lets a run that has begun finish its step and save; the second ends it at once."""
+
+    def caught(number, frame):
+        if _signals or not _begun:
+            print(
+                f"\nended by {signal.Signals(number).name}" + ("" if _signals else ": no step was begun"),
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(128 + number)
+        _signals.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, caught)
 
 
 # Copied from sft.by_deepspeed
@@ -1146,12 +1195,23 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         config = toy.config(**labels) if name == "toy" else load(name, **trust, **labels)
         for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
             setattr(config, key, 0.0)
+        kinds = ["Classification" in x for x in config.architectures or ()]
+        if kind == "causal" and any(kinds):
+            stop(f"{name} is a reward or value model, and a language model is wanted here: name another")
         auto = model_class(kind, config)
         with zero_3(args):
             load = auto.from_config if name == "toy" else functools.partial(auto.from_pretrained, name)
             model = load(config=config, **options)
     except (OSError, ValueError, ImportError) as error:
         stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    strange = next((n for n, p in model.named_parameters() if not getattr(p, "ds_tensor", p).isfinite().all()), None)
+    if strange:
+        stop(f"{name} has weights that are not finite, such as {strange}: name a model that was trained to its end")
+    embedded = getattr(model.get_input_embeddings().weight, "ds_shape", model.get_input_embeddings().weight.shape)[0]
+    if embedded < len(tokenizer):
+        stop(
+            f"{name} has embeddings for {embedded} tokens, and its tokenizer has {len(tokenizer)}: they do not belong together"
+        )
     model.config.pad_token_id = tokenizer.pad_token_id
     if kind == "causal":  # a hub model's sampling defaults (top-k, penalties, ...) would bias rollouts
         ends = model.generation_config.eos_token_id
@@ -1206,6 +1266,103 @@ class Policy(torch.nn.Module):
         if not gap < (0.1 if engine.args.bf16 else 1e-3):
             stop(f"{type(plain(self.model)).__name__}: log-probs come out {gap:.2g} nat from the model's own; its head does more "
                  "than scale and soft-cap logits, which is not supported")  # fmt: skip
+
+
+# Copied from sft.replace
+def replace(path: Path, part: Path, text: str | None = None):
+    """`part`, a file or folder, takes the place of `path` once all of it is on the disk."""
+    if text is not None:
+        part.write_text(text)
+    for file in [part] if part.is_file() else [x for x in part.rglob("*") if x.is_file()]:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    if path.is_dir():
+        shutil.rmtree(path)
+    part.rename(path)
+
+
+# Copied from sft.writing
+@contextlib.contextmanager
+def writing(path: Path):
+    """What cannot be written is one line; what was whole before stays."""
+    try:
+        yield
+    except Exception as error:
+        stop(
+            f"{path} cannot be written: {str(error).splitlines()[0]}. Make room or name another --output_dir; what was saved before is whole"
+        )
+
+
+# Copied from sft.FREE
+FREE = ("resume", "output_dir", "save_every", "max_skipped", "micro_tokens", "gradient_checkpointing", "cache_gb")
+
+
+# Copied from sft._lock
+_lock = []  # held until this process ends or begins another run
+
+
+# Copied from sft.claim
+def claim(args, ends=("summary.json", "final")) -> bool:
+    """Takes --output_dir for this process. An earlier run there is moved aside; with --resume it must be one that had the
+    same flags, but for FREE. True if that had come to its end, which left `ends`."""
+    folder, settings = Path(args.output_dir), json.loads(json.dumps(dataclasses.asdict(args)))
+    _lock.clear()
+    if folder.exists() != folder.is_dir() or folder.is_symlink() > folder.exists():
+        stop(f"--output_dir {folder} is not a folder: name another")
+    here, mine = folder.resolve(), ("lock", "args.json.part")  # what a run has that was killed before it began
+    found = [x for x in folder.iterdir() if x.name not in mine] if folder.is_dir() else []
+    again = bool(found) and args.resume
+    names = {
+        f"--{name} {x}": Path(x) for name, x in settings.items() if isinstance(x, str) and x and name != "output_dir"
+    }
+    held = ["the folder you are in"] if Path.cwd().is_relative_to(here) else []
+    held += [
+        name for name, path in names.items() if not again and path.resolve().is_relative_to(here) and path.exists()
+    ]
+    if held:
+        stop(f"--output_dir {folder} holds {held[0]}: name another")
+    with writing(folder):
+        if found:
+            _lock.append(locked(folder / "lock"))
+        if again:
+            known = folder / "args.json"
+            before = json.loads(known.read_text()) if known.is_file() else {}
+            if set(before) != set(settings):
+                stop(f"--resume: {folder} holds no run of this script and version: name another --output_dir")
+            changed = [name for name in settings if name not in FREE and before[name] != settings[name]]
+            if changed:
+                stop(f"--resume: --{changed[0]} was {before[changed[0]]!r} in {folder}, now {settings[changed[0]]!r}: "
+                     "give it as it was, or another --output_dir")  # fmt: skip
+            return all((folder / name).exists() for name in ends)
+        if found:
+            aside = next(p for p in (Path(f"{folder}.{i}") for i in range(1, 10**6)) if not p.exists())
+            folder.rename(aside)
+            print(f"{folder} held an earlier run: moved to {aside}")
+        elif args.resume:
+            print(f"--resume: {folder} holds no run yet: one is begun")
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock[:] = [locked(folder / "lock")]
+        replace(folder / "args.json", folder / "args.json.part", json.dumps(settings, indent=2) + "\n")
+    return False
+
+
+# Copied from sft.locked
+def locked(path: Path):
+    """The file, locked; the lock ends with the process, however that ends."""
+    file = open(path, "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        stop(
+            f"{path.parent} is being written by another run ({file.read().strip()}): name another --output_dir, or wait"
+        )
+    except OSError:
+        pass  # a file system that has no locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    return file
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import json
 import math
@@ -28,7 +29,10 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
+import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -93,6 +97,8 @@ class Args:
     """bfloat16 matrix products (GPU)"""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
     """auto: what suits the family; PyTorch's own, flash-attn (to be installed), or the plain product"""
+    max_skipped: int = 3
+    """steps in a row that may be skipped for a loss or gradient that is not finite"""
     save_every: int = 0
     """steps between checkpoints to resume from; 0 writes none"""
     resume: bool = False
@@ -166,6 +172,15 @@ def main(argv=None):
 # ====================================================================================================================
 
 
+BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean something; any other number is 0 or more
+    **dict.fromkeys(("steps", "epochs", "batch_size", "rollout_batch_size", "ppo_epochs", "n", "best_of"), (1, math.inf)),
+    **dict.fromkeys(("micro_tokens", "max_prompt_tokens", "max_response_tokens", "max_skipped"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "critic_learning_rate", "gamma", "temperature", "clip", "kl_horizon"), (1e-12, math.inf)),
+    **dict.fromkeys(("eval_share", "outcome_share", "td_lambda", "discount", "lam", "lora_dropout", "quantiles"), (0, 1)),
+    "top_p": (1e-12, 1), "seed": (-(2**63), 2**63),
+}  # fmt: skip
+
+
 def parse_args(args_class, presets, paper, argv=None, doc=""):
     """`[PRESET] [--flag value ...]`. A flag that is not given has the toy world's value for a model of toy.py's, and
     `paper`'s, or the preset's, for any other."""
@@ -195,9 +210,16 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
     if not preset and not toy.is_model(start):
         args = read(default=args_class(**paper))
     args.settings = f"preset {preset}'s" if preset else "the toy world's" if toy.is_model(start) else "the paper's"
-    for name in ("batch_size", "micro_tokens", "rollout_batch_size", "max_prompt_tokens", "max_response_tokens"):
-        if getattr(args, name, 1) < 1:
-            stop(f"--{name} {getattr(args, name)}: it must be 1 or more")
+    for field in dataclasses.fields(args):
+        low, high = BOUNDS.get(field.name, (0, math.inf))
+        value = getattr(args, field.name)
+        for x in value if isinstance(value, tuple) else [value]:
+            low = min(low, field.default) if isinstance(field.default, (int, float)) else low
+            if isinstance(x, (int, float)) and not (low <= x <= high and math.isfinite(x)):
+                stop(
+                    f"--{field.name} {x}: give "
+                    + (f"{low} or more" if high == math.inf else f"a number from {low} to {high}")
+                )
     return args
 
 
@@ -216,21 +238,28 @@ def stop(message: str):
         extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     elif first:
-        print(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, where a bar is drawn
     raise SystemExit(2)
 
 
 def init_distributed(args):
     """(rank, world size, device). Several processes come from torchrun; one process with ZeRO stage 0 needs none of it.
     The end of any rank, on whatever host, ends all within seconds."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
+    catch_signals()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     rank, local, world = (int(os.environ.get(x, alone[x])) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if rank >= world or (world > 1 and "MASTER_ADDR" not in os.environ):
+        stop(f"RANK {rank} of WORLD_SIZE {world} is set, but no torchrun is here: start with torchrun, or unset both")
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else DeepSpeed warns that it had to look
     if not by_deepspeed(args) or dist.is_initialized():
         return rank, world, device
+    if world == 1:
+        with socket.socket() as free:  # a port that no run beside this one has
+            free.bind(("127.0.0.1", 0))
+            alone["MASTER_PORT"] = str(free.getsockname()[1])
     os.environ.update(alone | os.environ)
     import deepspeed
 
@@ -238,10 +267,13 @@ def init_distributed(args):
     deepspeed.init_distributed(backend, timeout=limit, verbose=False)
 
     def watch():
-        message = ""
+        message, launcher = "", os.getppid()
         while not message:
             if over.wait(1):
                 return
+            if os.getppid() != launcher:
+                message = "the launcher has ended, and with it this rank"
+                break
             try:
                 message = _store[0].get("stopped").decode() if _store[0].check(["stopped"]) else ""
             except Exception:  # the host that keeps the store has gone; or this run is over and about to end
@@ -265,6 +297,28 @@ def init_distributed(args):
         atexit.register(lambda: (over.set(), watcher.join(2)))
         sys.excepthook = failed
     return rank, world, device
+
+
+_signals = []  # SIGINT, SIGTERM, as they came
+_begun = []  # the run that will see to them
+
+
+def catch_signals():
+    """SIGINT and SIGTERM: the first lets a run that has begun finish its step and save; the second ends it at once."""
+
+    def caught(number, frame):
+        if _signals or not _begun:
+            print(
+                f"\nended by {signal.Signals(number).name}" + ("" if _signals else ": no step was begun"),
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(128 + number)
+        _signals.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, caught)
 
 
 def by_deepspeed(args) -> bool:
@@ -688,12 +742,23 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         config = toy.config(**labels) if name == "toy" else load(name, **trust, **labels)
         for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
             setattr(config, key, 0.0)
+        kinds = ["Classification" in x for x in config.architectures or ()]
+        if kind == "causal" and any(kinds):
+            stop(f"{name} is a reward or value model, and a language model is wanted here: name another")
         auto = model_class(kind, config)
         with zero_3(args):
             load = auto.from_config if name == "toy" else functools.partial(auto.from_pretrained, name)
             model = load(config=config, **options)
     except (OSError, ValueError, ImportError) as error:
         stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    strange = next((n for n, p in model.named_parameters() if not getattr(p, "ds_tensor", p).isfinite().all()), None)
+    if strange:
+        stop(f"{name} has weights that are not finite, such as {strange}: name a model that was trained to its end")
+    embedded = getattr(model.get_input_embeddings().weight, "ds_shape", model.get_input_embeddings().weight.shape)[0]
+    if embedded < len(tokenizer):
+        stop(
+            f"{name} has embeddings for {embedded} tokens, and its tokenizer has {len(tokenizer)}: they do not belong together"
+        )
     model.config.pad_token_id = tokenizer.pad_token_id
     if kind == "causal":  # a hub model's sampling defaults (top-k, penalties, ...) would bias rollouts
         ends = model.generation_config.eos_token_id
@@ -776,6 +841,28 @@ class Policy(torch.nn.Module):
 # -------------------------------------------------------------------------------------------------- engine, run folder
 
 
+class AdamW(torch.optim.AdamW):
+    """Leaves weights and state as they are, on all ranks alike, where a gradient is not finite, and counts how often."""
+
+    skipped = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not hasattr(self, "norm") and grads:  # DeepSpeed has clipped parts of gradients, each rank its own
+            bad = 1 - torch.stack([grad.isfinite().all() for grad in grads]).all().float()
+        else:
+            bad = 1 - self.norm.isfinite().float() if grads else torch.zeros(())
+        if dist.is_initialized():
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        self.skipped = self.skipped + bad
+        if self.defaults["fused"]:
+            self.found_inf = bad  # the kernel reads it: the device is not waited for
+        elif bad:
+            return
+        super().step()
+
+
 class Engine:
     """Backward passes and optimizer steps. One process with ZeRO stage 0 is plain torch; anything else is DeepSpeed.
 
@@ -786,7 +873,7 @@ class Engine:
         self.module, self.args, self.world, self.deepspeed = module, args, world, None
         parameters = [p for p in module.parameters() if p.requires_grad]
         fused = not by_deepspeed(args) or parameters[0].is_cuda or None
-        self.optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=fused)
+        self.optimizer = self.adamw = AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=fused)
         if not by_deepspeed(args):
             return
         import deepspeed
@@ -803,6 +890,11 @@ class Engine:
     def __call__(self, *inputs, **options):
         with self.autocast():
             return (self.deepspeed or self.module)(*inputs, **options)
+
+    @property
+    def skipped(self):
+        """Updates so far whose gradient was not finite."""
+        return self.adamw.skipped
 
     def autocast(self):
         """bf16 products for fp32 weights; DeepSpeed casts the weights themselves."""
@@ -828,6 +920,7 @@ class Engine:
         if self.deepspeed:
             return self.deepspeed.get_global_grad_norm()
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.args.max_grad_norm or float("inf"))
+        self.optimizer.norm = norm
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -846,6 +939,103 @@ class Engine:
         self.optimizer.load_state_dict(saved["optimizer"])
 
 
+def replace(path: Path, part: Path, text: str | None = None):
+    """`part`, a file or folder, takes the place of `path` once all of it is on the disk."""
+    if text is not None:
+        part.write_text(text)
+    for file in [part] if part.is_file() else [x for x in part.rglob("*") if x.is_file()]:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    if path.is_dir():
+        shutil.rmtree(path)
+    part.rename(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """What cannot be written is one line; what was whole before stays."""
+    try:
+        yield
+    except Exception as error:
+        stop(
+            f"{path} cannot be written: {str(error).splitlines()[0]}. Make room or name another --output_dir; what was saved before is whole"
+        )
+
+
+FREE = ("resume", "output_dir", "save_every", "max_skipped", "micro_tokens", "gradient_checkpointing", "cache_gb")
+_lock = []  # held until this process ends or begins another run
+
+
+def claim(args, ends=("summary.json", "final")) -> bool:
+    """Takes --output_dir for this process. An earlier run there is moved aside; with --resume it must be one that had the
+    same flags, but for FREE. True if that had come to its end, which left `ends`."""
+    folder, settings = Path(args.output_dir), json.loads(json.dumps(dataclasses.asdict(args)))
+    _lock.clear()
+    if folder.exists() != folder.is_dir() or folder.is_symlink() > folder.exists():
+        stop(f"--output_dir {folder} is not a folder: name another")
+    here, mine = folder.resolve(), ("lock", "args.json.part")  # what a run has that was killed before it began
+    found = [x for x in folder.iterdir() if x.name not in mine] if folder.is_dir() else []
+    again = bool(found) and args.resume
+    names = {
+        f"--{name} {x}": Path(x) for name, x in settings.items() if isinstance(x, str) and x and name != "output_dir"
+    }
+    held = ["the folder you are in"] if Path.cwd().is_relative_to(here) else []
+    held += [
+        name for name, path in names.items() if not again and path.resolve().is_relative_to(here) and path.exists()
+    ]
+    if held:
+        stop(f"--output_dir {folder} holds {held[0]}: name another")
+    with writing(folder):
+        if found:
+            _lock.append(locked(folder / "lock"))
+        if again:
+            known = folder / "args.json"
+            before = json.loads(known.read_text()) if known.is_file() else {}
+            if set(before) != set(settings):
+                stop(f"--resume: {folder} holds no run of this script and version: name another --output_dir")
+            changed = [name for name in settings if name not in FREE and before[name] != settings[name]]
+            if changed:
+                stop(f"--resume: --{changed[0]} was {before[changed[0]]!r} in {folder}, now {settings[changed[0]]!r}: "
+                     "give it as it was, or another --output_dir")  # fmt: skip
+            return all((folder / name).exists() for name in ends)
+        if found:
+            aside = next(p for p in (Path(f"{folder}.{i}") for i in range(1, 10**6)) if not p.exists())
+            folder.rename(aside)
+            print(f"{folder} held an earlier run: moved to {aside}")
+        elif args.resume:
+            print(f"--resume: {folder} holds no run yet: one is begun")
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock[:] = [locked(folder / "lock")]
+        replace(folder / "args.json", folder / "args.json.part", json.dumps(settings, indent=2) + "\n")
+    return False
+
+
+def locked(path: Path):
+    """The file, locked; the lock ends with the process, however that ends."""
+    file = open(path, "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        stop(
+            f"{path.parent} is being written by another run ({file.read().strip()}): name another --output_dir, or wait"
+        )
+    except OSError:
+        pass  # a file system that has no locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    return file
+
+
+def step_of(line: str) -> int:
+    """The step of a row that one of ours has written; 0 for anything else, such as what a kill has cut."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return 0
+
+
 class Run:
     """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
 
@@ -854,15 +1044,15 @@ class Run:
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
+        self.skipped, self.updates_skipped, self.read_every = 0, 0, 1 if hasattr(args, "rollout_batch_size") else 10
+        ended = rank == 0 and claim(args)
         if rank == 0:
-            if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
-                aside = next(p for p in (Path(f"{self.folder}.{i}") for i in range(1, 10**6)) if not p.exists())
-                self.folder.rename(aside)
-                print(f"{self.folder} held an earlier run: moved to {aside}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
             (self.folder / "token").write_text(token)
-        token, seen = gather_lists([token], self.world)[0], self.folder / "token"
+        (ended, token), seen = gather_lists([(ended, token)], self.world)[0], self.folder / "token"
+        if ended:
+            if rank == 0:
+                print(f"{self.folder} has come to its end already: nothing is left to do")
+            raise SystemExit(0)
         if not any((seen.is_file() and seen.read_text() == token) or time.sleep(1) for _ in range(5)):
             stop(f"--output_dir {self.folder} is not one folder for all hosts: name one on a file system of all")
         gather_lists([], self.world)
@@ -878,58 +1068,109 @@ class Run:
         self.bar = tqdm(total=total, desc=name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
-        """With --resume: weights, optimizer, generators and loop state of the last whole checkpoint."""
-        found = sorted(self.folder.glob("checkpoints/step_*[0-9]")) if self.args.resume else []
-        last = gather_lists(["", *map(str, found)][-1:], self.world)[0]  # the first rank's, for all
-        if last:
-            self.engine.load(Path(last))
-            saved = torch.load(Path(last) / f"rank_{self.rank}.pt", weights_only=True)
-            torch.set_rng_state(saved["cpu"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state(saved["cuda"])
-            self.step, self.state = saved["step"], saved["state"]
-            self.bar.update(self.step)
-        for path in self.folder.glob("*.jsonl") if self.rank == 0 else ():  # later steps will be taken again
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
-            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step))
+        """With --resume: weights, optimizer, generators and loop state of the last checkpoint that can be read."""
+        found = sorted(self.folder.glob("checkpoints/step_*[0-9]"), reverse=True) if self.args.resume else []
+        names, bad = gather_lists([[str(x) for x in found]], self.world)[0], []  # the first rank's, for all
+        for name in names:
+            try:
+                saved = torch.load(Path(name) / f"rank_{self.rank}.pt", weights_only=True)
+                if saved["world"] == self.world:
+                    self.engine.load(Path(name))
+                why = "" if saved["world"] == self.world else saved["world"]
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+            bad = [x for x in gather_lists([why], self.world) if x]
+            if worlds := [x for x in bad if isinstance(x, int)]:
+                stop(f"--resume: {name} is of {worlds[0]} ranks, and these are {self.world}: start as many as before")
+            if not bad:
+                torch.set_rng_state(saved["cpu"])
+                if torch.cuda.is_available():
+                    torch.cuda.set_rng_state(saved["cuda"])
+                self.step, self.state = saved["step"], saved["state"]
+                self.bar.update(self.step)
+                break
+            if self.rank == 0:
+                print(f"{name} cannot be read ({bad[0]}): left out")
+        if bad:
+            stop(f"--resume: no checkpoint in {self.folder / 'checkpoints'} can be read: begin anew without it")
+        if self.rank == 0:
+            for part in [*self.folder.glob("*/step_*.part"), *self.folder.glob("*.part")]:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+                if path.is_file():  # later steps will be taken again
+                    lines = path.read_text(errors="replace").splitlines()
+                    kept = [line for line in lines if 0 < step_of(line) <= self.step]
+                    with writing(path):
+                        replace(path, path.with_suffix(".part"), "".join(line + "\n" for line in kept))
+        _signals.clear()
+        _begun[:] = [self.folder]
 
     def log(self, metrics: dict):
-        """End of a step. Tensors are read back every tenth step only, so that the device is not waited for."""
+        """End of a step. Tensors are read back every tenth step only (each, where a step is a rollout), so that the device is not
+        waited for; then all ranks also learn of a signal that one of them has had."""
         self.step += 1
-        self.pending.append({"step": self.step, "seconds": round(time.time() - self.started, 3), **metrics})
+        seconds = round(time.time() - self.started, 3)
+        self.pending.append({"step": self.step, "seconds": seconds, **metrics, "skipped": self.engine.skipped})
         self.bar.update()
-        save = self.args.save_every and self.step % self.args.save_every == 0
-        if save or self.step % 10 == 0:
+        save, read = self.args.save_every and self.step % self.args.save_every == 0, self.step % self.read_every == 0
+        if save or read:
             self.flush()
-        if save:
-            self.checkpoint()
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
-            self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
+            with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
+                self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
+        signals = (
+            [x for some in gather_lists([list(_signals)], self.world) for x in some]
+            if read and self.world > 1
+            else _signals
+        )
+        if save or signals:
+            self.checkpoint()
+        if signals:
+            self.flush()
+            if self.rank == 0:
+                words = [*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])]
+                print(
+                    f"\nended by {signal.Signals(signals[0]).name} after step {self.step}, which is saved. To go on: {shlex.join(words)}"
+                )
+            raise SystemExit(0)
 
     def flush(self):
         rows = [{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in self.pending]
         self.pending = []
+        for row in rows:
+            strange = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+            before, self.updates_skipped = self.updates_skipped, int(row.pop("skipped"))
+            spoilt = self.updates_skipped > before or "loss" in strange
+            self.skipped = self.skipped + 1 if spoilt else 0
+            if self.skipped >= self.args.max_skipped:
+                stop(f"step {row['step']}: {', '.join(strange) or 'a gradient'} not finite, in {self.skipped} steps running, which changed "
+                     f"no weight: lower --learning_rate, or look at the data. What was saved before is in {self.folder}")  # fmt: skip
+            row |= dict.fromkeys(strange) | ({"skipped": self.updates_skipped - before} if spoilt else {})
         if self.rank or not rows:
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        with writing(self.folder / "metrics.jsonl"), open(self.folder / "metrics.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        self.bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in self.bar_keys}, refresh=False)
+        self.bar.set_postfix(
+            {k: f"{math.nan if rows[-1][k] is None else rows[-1][k]:.3g}" for k in self.bar_keys}, refresh=False
+        )
 
     def checkpoint(self):
-        """Written under a temporary name and renamed when whole; the one before is then removed."""
+        """Written under a temporary name and renamed when whole. Two are kept."""
         final = self.folder / "checkpoints" / f"step_{self.step:07d}"
         part = final.with_suffix(".part")
-        part.mkdir(parents=True, exist_ok=True)
-        self.engine.save(part)
-        generators = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            generators["cuda"] = torch.cuda.get_rng_state()
-        torch.save({"step": self.step, "state": self.state, **generators}, part / f"rank_{self.rank}.pt")
+        with writing(final):
+            part.mkdir(parents=True, exist_ok=True)
+            self.engine.save(part)
+            generators = {"cpu": torch.get_rng_state()}
+            if torch.cuda.is_available():
+                generators["cuda"] = torch.cuda.get_rng_state()
+            saved = {"step": self.step, "state": self.state, "world": self.world, **generators}
+            torch.save(saved, part / f"rank_{self.rank}.pt")
         gather_lists([], self.world)
         if self.rank == 0:
-            part.rename(final)
-            for old in final.parent.iterdir():
-                if old != final:
+            with writing(final):
+                replace(final, part)
+                for old in sorted(final.parent.glob("step_*[0-9]"))[:-2]:
                     shutil.rmtree(old)
         gather_lists([], self.world)
 
@@ -944,22 +1185,33 @@ class Run:
                     model = model.merge_and_unload()
                 model.save_pretrained(part)
                 self.tokenizer.save_pretrained(part)
-                shutil.rmtree(folder, ignore_errors=True)
-                part.rename(folder)
+                for path in part.rglob("adapter_config.json"):  # peft keeps a set, whose order differs from run to run
+                    config = json.loads(path.read_text())
+                    config["target_modules"] = sorted(config["target_modules"])
+                    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+                replace(folder, part)
 
     def finish(self, **summary) -> Path:
         """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter)."""
         self.flush()
-        self.write(self.folder / "final", merge=True)
+        with writing(self.folder / "final"):
+            self.write(self.folder / "final", merge=True)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory
         spent = {"seconds": round(time.time() - self.started, 1), "peak_memory_mb": round(memory / 2**20)}
         summary = {"steps": self.step, **spent, **summary, "settings": self.settings}
         self.bar.close()
         if self.rank == 0:
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            with writing(self.folder / "summary.json"):
+                replace(
+                    self.folder / "summary.json",
+                    self.folder / "summary.json.part",
+                    json.dumps(summary, indent=2) + "\n",
+                )
+            _lock.clear()
             shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
             print(f"{self.folder / 'final'}: " + ", ".join(shown))
+        _begun.clear()
         gather_lists([], self.world)
         return self.folder / "final"
 

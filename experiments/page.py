@@ -343,11 +343,12 @@ def tables() -> dict[str, callable]:
 
 
 MARK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
+NOT_YET = "*Not run yet.*"
 
 
 def rewritten(text: str, made: dict) -> str:
-    """The page with each table that can be made anew."""
-    fill = lambda m: f"{m[1]}{made[m[2]]()}\n{m[3]}" if m[2] in made else m[0]
+    """The page with each table that can be made anew; of the others, that there is nothing yet."""
+    fill = lambda m: f"{m[1]}{made[m[2]]() if m[2] in made else NOT_YET}\n{m[3]}"
     return MARK.sub(fill, text)
 
 

@@ -383,7 +383,7 @@ WRONG = [  # script, flags with {home}, what the message says
     ("reinforce", "--policy {home}/policy --reward_model {home}/rm --n 1", "--n must be 2 or more"),
     ("reinforce", "--policy {home}/policy --reward_model {home}/rm --n 7", "--n 7"),
     ("reinforce", "--policy {home}/policy --reward_model {home}/rm --n 2 --split train[:9]", "--rollout_batch_size 64"),
-    ("gvm", "--model {home}/policy --outcome_share 1.5", "--outcome_share 1.5: it is a share of the loss, from 0 to 1"),
+    ("gvm", "--model {home}/policy --outcome_share 1.5", "--outcome_share 1.5: give a number from 0 to 1"),
     ("dvpo", "--policy {home}/policy --gvm {home}/gvm --baseline start", "--baseline start is for --advantage q"),
 ]
 

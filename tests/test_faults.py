@@ -1,0 +1,338 @@
+"""What goes wrong while a run writes, computes or is ended: nothing that was saved is lost, nothing that is not finite is kept."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import test_invariants as tiny
+from test_invariants import SCRIPTS, distance, metrics, run
+
+import sft
+
+home = tiny.home  # a fixture: a tiny policy, data, a GVM and a reward model
+ROOT = Path(__file__).resolve().parent.parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+SAVED = {"steps": 6, "save_every": 2}
+LIVE = ["--model", "toy", "--steps", "400", "--batch_size", "4", "--save_every", "100", "--output_dir"]
+
+
+def refused(capfd, *words, **named):
+    """The one line of a run that ends with exit code 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(*words, **named)
+    lines = [
+        line
+        for line in re.sub("\r|\x1b.A", "\n", capfd.readouterr().err).splitlines()
+        if "it/s" not in line and "it [" not in line and line.strip()
+    ]
+    told = [line for line in lines if line.startswith("error: ")]
+    assert ended.value.code == 2 and told == lines[-1:] and "Traceback" not in lines, lines
+    return told[0]
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+# ------------------------------------------------------------------------------------------------------- what is on disk
+@pytest.mark.parametrize("call", range(1, 7))
+def test_a_kill_while_snapshots_and_checkpoints_are_written(home, tmp_path, monkeypatch, call):
+    """At each rename of a run with a snapshot and a checkpoint at every second step; half a folder is left behind."""
+    settings = SAVED | {"snapshot_every": 2}
+    straight = run(home, "vcb", tmp_path / "straight", **settings)
+    replace, calls = SCRIPTS["vcb"].replace, []
+
+    def killed(path, part, text=None):
+        if text is None:
+            calls.append(path)
+            if len(calls) == call:
+                next(x for x in part.rglob("*") if x.is_file()).unlink()
+                raise Killed
+        replace(path, part, text)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(SCRIPTS["vcb"], "replace", killed)
+        run(home, "vcb", tmp_path / "out", **settings)
+    resumed = run(home, "vcb", tmp_path / "out", resume=True, **settings)
+    assert metrics(straight) == metrics(resumed) and distance(straight, resumed) == 0
+    names = lambda folder: sorted(str(x.relative_to(folder)) for x in folder.rglob("*") if x.name != "lock")
+    assert names(straight) == names(resumed) and not list(resumed.rglob("*.part"))
+
+
+def test_only_files_of_its_own_are_touched_and_what_was_cut_is_left_out(home, tmp_path):
+    out = run(home, "sft", tmp_path / "out", **SAVED)
+    (out / "summary.json").unlink()  # as if it had been killed before its end
+    shutil.rmtree(out / "checkpoints" / "step_0000006")
+    mine = {"mine.jsonl": '{"step": 99}\nno json\n', "checkpoints/notes.txt": "mine", "snapshots/mine/x": "mine"}
+    for name, text in mine.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+    rows = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(rows[:-30] + "}\n[[1]]\n" + rows[:-30])
+    (out / "metrics.jsonl").write_text(
+        rows.splitlines()[0] + '\n{"step": 2, "x": {"y": 1}\n' + "\n".join(rows.splitlines()[1:5]) + '\n{"st'
+    )
+    resumed = run(home, "sft", tmp_path / "out", resume=True, **SAVED)
+    assert [row["step"] for row in metrics(resumed)] == [1, 2, 3, 4, 5, 6]
+    assert all((out / name).read_text() == text for name, text in mine.items())
+
+
+@pytest.mark.parametrize("file", ["engine.pt", "rank_0.pt"])
+def test_of_two_checkpoints_the_one_that_can_be_read_is_taken(home, tmp_path, capfd, file):
+    straight = run(home, "sft", tmp_path / "straight", **SAVED)
+    tiny.interrupted(home, "sft", tmp_path / "out", 6, steps=6)
+    last = tmp_path / "out" / "checkpoints" / "step_0000004"
+    if file == "engine.pt":
+        (last / file).write_bytes((last / file).read_bytes()[:200])
+    else:
+        (last / file).unlink()
+    resumed = run(home, "sft", tmp_path / "out", resume=True, **SAVED)
+    assert metrics(straight) == metrics(resumed) and distance(straight, resumed) == 0
+    tiny.interrupted(home, "sft", tmp_path / "both", 6, steps=6)
+    for path in (tmp_path / "both" / "checkpoints").glob("*/engine.pt"):
+        path.write_bytes(b"")
+    assert "no checkpoint" in refused(capfd, home, "sft", tmp_path / "both", resume=True, **SAVED)
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(home, tmp_path, capfd, monkeypatch):
+    straight, save = run(home, "sft", tmp_path / "straight", **SAVED), torch.save
+
+    def full(found, path, *rest, **more):
+        if "step_0000004" in str(path):
+            Path(path).write_bytes(b"half")
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nframe #0: ...\nframe #1: ..."
+            )
+        save(found, path, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        error = refused(capfd, home, "sft", tmp_path / "out", **SAVED)
+    assert "step_0000004 cannot be written" in error and "saved before" in error
+    resumed = run(home, "sft", tmp_path / "out", resume=True, **SAVED)
+    assert metrics(straight) == metrics(resumed) and distance(straight, resumed) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- run folders
+def test_a_folder_that_a_live_run_writes_to_is_refused_and_a_dead_ones_is_not(home, tmp_path, capfd):
+    out, code = (
+        tmp_path / "out",
+        "import sft, time, sys; sft._lock.append(sft.locked(sft.Path(sys.argv[1]))); print('held', flush=True); time.sleep(60)",
+    )
+    out.mkdir()
+    (out / "args.json").write_text("{}")
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out / "lock")], cwd=ROOT, stdout=subprocess.PIPE, env=ENV
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        for resume in (False, True):
+            error = refused(capfd, home, "sft", out, steps=1, resume=resume)
+            assert "is being written by another run" in error and f"process {holder.pid} on" in error
+        holder.kill()
+    assert (run(home, "sft", out, steps=1) / "final").is_dir() and (tmp_path / "out.1").is_dir()
+
+
+def test_places_that_no_run_can_be_written_to(home, tmp_path, capfd, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    shutil.copytree(home / "base", tmp_path / "policy")
+    for name, says in (
+        ("file", "not a folder"),
+        ("link", "not a folder"),
+        ("policy", "holds --model"),
+        (".", "you are in"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        where = {} if name != "." else {"output_dir": "."}
+        error = refused(capfd, home, "sft", tmp_path / name, model=tmp_path / "policy", **where)
+        assert says in error, error
+    monkeypatch.setattr(
+        Path, "mkdir", lambda self, **_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
+    assert "cannot be written" in refused(capfd, home, "sft", tmp_path / "new")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["file", "link", "policy"]
+
+
+def test_resume_checks_what_it_goes_on_with(home, tmp_path, capfd):
+    out = tmp_path / "out"
+    tiny.interrupted(home, "sft", out, 4, steps=6)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lock"}
+    assert "--learning_rate was 0.001" in refused(capfd, home, "sft", out, resume=True, learning_rate=0.1, **SAVED)
+    assert "--seed was 0" in refused(capfd, home, "sft", out, resume=True, seed=3, **SAVED)
+    sft._lock.clear()  # that run's process has ended
+    assert "no run of this script" in refused(capfd, home, "vcb", out, resume=True, **SAVED)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lock"}
+    saved = torch.load(out / "checkpoints" / "step_0000002" / "rank_0.pt", weights_only=True)
+    SCRIPTS["vcb"]._lock.clear()
+    torch.save(saved | {"world": 2}, out / "checkpoints" / "step_0000002" / "rank_0.pt")
+    assert "is of 2 ranks, and these are 1" in refused(capfd, home, "sft", out, resume=True, **SAVED)
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_state(fused):
+    one, two = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    ours, plain = sft.AdamW([one], lr=0.1, fused=fused), torch.optim.AdamW([two], lr=0.1, fused=fused)
+    for values in ([1, 2, 3], [1, float("nan"), 1], [float("inf"), 0, 0], [3, 2, 1]):
+        one.grad, two.grad = torch.tensor(values).float(), torch.tensor(values).float()
+        ours.step()
+        if two.grad.isfinite().all():
+            plain.step()
+    assert torch.equal(one, two) and ours.state[one]["step"] == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_steps_that_are_not_finite_are_skipped_and_three_running_end_the_run(
+    home, tmp_path, capfd, monkeypatch, script
+):
+    module, original = SCRIPTS[script], SCRIPTS[script].Engine.backward
+    calls = []
+
+    def spoilt(self, loss, last=True):
+        calls.append(0)
+        original(self, loss * float("nan") if len(calls) in bad else loss, last)
+
+    monkeypatch.setattr(module.Engine, "backward", spoilt)
+    bad = [1]
+    found = run(home, script, tmp_path / "once")
+    assert all(x.isfinite().all() for x in tiny.weights(found).values())
+    rows = [json.loads(line) for line in (found / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("skipped", 0) for row in rows][:2] == [1, 0] and "NaN" not in (found / "metrics.jsonl").read_text()
+    calls.clear()
+    bad = range(1, 1000)
+    error = refused(capfd, home, script, tmp_path / "always", **({"quantiles": (0.0,)} if script == "rest" else {}))
+    assert "not finite, in 3 steps running" in error and not (tmp_path / "always" / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "of"),
+    [
+        ("sft", "model", "base"),
+        ("dvpo", "gvm", "gvm/final"),
+        ("ppo", "reward_model", "rm/final"),
+        ("vcb", "policy", "base"),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused(home, tmp_path, capfd, script, flag, of):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(home / of, tmp_path / "bad", ignore=shutil.ignore_patterns("adapter"))
+    tensors = load_file(tmp_path / "bad" / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[3] = float("nan")
+    save_file(tensors, tmp_path / "bad" / "model.safetensors", metadata={"format": "pt"})
+    assert "weights that are not finite" in refused(capfd, home, script, tmp_path / "out", **{flag: tmp_path / "bad"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_not_what_is_wanted(home, tmp_path, capfd):
+    for script, flag, name in (
+        ("sft", "model", "rm/final"),
+        ("vcb", "policy", "gvm/final"),
+        ("dvpo", "policy", "rm/final"),
+    ):
+        assert "reward or value model" in refused(capfd, home, script, tmp_path / "out", **{flag: home / name})
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(home / "base")
+    model.resize_token_embeddings(50)
+    model.save_pretrained(tmp_path / "few")
+    import toy
+
+    toy.tokenizer().save_pretrained(tmp_path / "few")
+    assert "embeddings for 50 tokens" in refused(capfd, home, "sft", tmp_path / "out", model=tmp_path / "few")
+
+
+# ------------------------------------------------------------------------------------------------------ signals, ranks
+def begun(folder, *words, steps: int = 3, **env):
+    """A run of sft.py as its own process, once it has taken some steps."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *words, str(folder)], cwd=ROOT, env=ENV | env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    until = time.time() + 60
+    while time.time() < until and process.poll() is None:
+        if (folder / "metrics.jsonl").is_file():
+            return process
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_saves_and_says_how_to_go_on(tmp_path, number):
+    out = tmp_path / "out"
+    process = begun(out, *LIVE)
+    process.send_signal(number)
+    said, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in error, error
+    command = said.strip().splitlines()[-1].split("To go on: ")[1]
+    assert number.name in said and command.endswith("--resume") and str(out) in command
+    (last,) = (out / "checkpoints").glob("step_*")
+    step = int(last.name[5:])
+    assert (
+        0 < step < 400
+        and len((out / "metrics.jsonl").read_text().splitlines()) == step
+        and not (out / "final").exists()
+    )
+    process = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, env=ENV, text=True, stderr=subprocess.PIPE)
+    while len((out / "metrics.jsonl").read_text().splitlines()) < step + 10:  # it goes on from there
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+
+
+def test_before_a_step_or_twice_a_signal_ends_at_once(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "import sft, time; sft.catch_signals(); print('ready', flush=True); time.sleep(60)"],
+                               cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert "ended by SIGTERM: no step was begun" in process.communicate(timeout=30)[1] and process.returncode == 143
+    code = "import sft, time; sft.catch_signals(); sft._begun.append(1); print('ready', flush=True)\nwhile True: time.sleep(0.1)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=30)[1] and process.returncode == 130
+
+
+@pytest.mark.parametrize("env", [{"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_ranks_without_torchrun_are_told(monkeypatch, capfd, env):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        sft.main(["--steps", "1"])
+    assert ended.value.code == 2 and "no torchrun is here" in capfd.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+@pytest.mark.parametrize(
+    ("script", "flag", "value"),
+    [
+        ("gvm", "tau_pairs", "-1"), ("gvm", "td_lambda", "nan"), ("dvpo", "tau_pairs", "-2"), ("dvpo", "lam", "1.5"),
+        ("dvpo", "kl_coef", "nan"), ("dvpo", "steps", "0"), ("sft", "steps", "-5"), ("sft", "epochs", "0"), ("vcb", "gamma", "0"),
+        ("vcb", "gamma", "inf"), ("dpo", "n", "-1"), ("reinforce", "n", "-2"), ("sft", "learning_rate", "-1"),
+        ("ppo", "discount", "nan"), ("rest", "max_grad_norm", "-1"), ("sft", "seed", "99999999999999999999"),
+    ],
+)  # fmt: skip
+def test_values_out_of_bounds(monkeypatch, capfd, script, flag, value):
+    with pytest.raises(SystemExit) as ended:
+        SCRIPTS[script].main([f"--{flag}", value])
+    error = capfd.readouterr().err
+    assert (
+        ended.value.code == 2 and f"--{flag} {float(value) if '.' in error else value}"[:8] in error and "give" in error
+    ), error
