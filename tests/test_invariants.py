@@ -213,10 +213,11 @@ def spy(monkeypatch, module, name, keep):
 
 
 def gathered(lists):
-    """Of all that ranks gather what is computed: responses (without what goes with them), rewards; not names of folders, nor
+    """Of all that ranks gather what is computed: responses (without what goes with them), rewards; not names of folders, signals, nor
     nothing."""
     alone = lambda x: x[0] if isinstance(x, (list, tuple)) and isinstance(x[0], list) else x
-    return [[alone(item) for item in x] for x in lists if x and not isinstance(x[0], str)]
+    told = lambda x: isinstance(x, str) or (isinstance(x, (list, tuple)) and (not x or isinstance(x[-1], str)))
+    return [[alone(item) for item in x] for x in lists if x and not told(x[0])]
 
 
 def toy_rows(rng, lengths):
