@@ -35,6 +35,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -52,6 +53,7 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 WITH_REFERENCE = ("math", "reasoning", "coding")  # MT-Bench's categories with one right answer
 STRONG = 3  # Arena-Hard: how often >> counts
 LONGEST_WAIT = 600  # seconds that a Retry-After can ask for
+MOST_BYTES = 2**25  # of a reply
 
 
 @dataclass(kw_only=True)
@@ -71,7 +73,7 @@ class Endpoint:
     retries: int = 8
     """tries after the first, where the server is busy, fails, does not answer in time or drops the connection"""
     timeout: float = 180.0
-    """seconds of silence after which a request has failed"""
+    """seconds of silence, and again of a reply that has begun, after which a request has failed"""
     cache: str = "runs/judge.jsonl"
     """every raw reply, by a hash of its request"""
 
@@ -116,10 +118,27 @@ def whole_lines(path: Path) -> list[dict]:
     end = data.rfind(b"\n") + 1
     if end < len(data):
         os.truncate(path, end)
+    found = []
+    for number, line in enumerate(data[:end].splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if not (isinstance(record["key"], str) and text_of(record["reply"]) is not None):
+                raise ValueError("no reply is in it")
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            sft.stop(
+                f"line {number} of the cache {path} is none of ours ({error}): remove the line, or name another --cache"
+            )
+        found.append(record)
+    return found
+
+
+def text_of(reply) -> str | None:
+    """The text of a reply, "" where it has none; None where it is no reply."""
     try:
-        return [json.loads(line) for line in data[:end].splitlines() if line.strip()]
-    except ValueError as error:
-        sft.stop(f"the cache {path} has a line that is not JSON ({error}): remove the line, or name another --cache")
+        content = reply["choices"][0]["message"].get("content")
+    except (LookupError, TypeError, AttributeError):
+        return None
+    return content if isinstance(content, str) else "" if content is None else None
 
 
 class Client:
@@ -130,20 +149,30 @@ class Client:
             sft.stop("an endpoint is needed: give --base_url (such as http://localhost:8000/v1) and --model")
         if not endpoint.base_url.startswith(("http://", "https://")):
             sft.stop(f"--base_url {endpoint.base_url} is no address: it begins with http:// or https://")
+        if endpoint.concurrency < 1 or endpoint.retries < 0 or not endpoint.timeout > 0:
+            sft.stop("--concurrency must be 1 or more, --retries 0 or more, --timeout above 0")
         try:
             self.extra = dict(json.loads(endpoint.request))
         except (ValueError, TypeError):
             sft.stop(f"--request {endpoint.request!r} is not a JSON object such as '{{\"top_p\": 0.9}}'")
         self.endpoint, self.first_wait = endpoint, first_wait
         self.headers = {"Content-Type": "application/json", "User-Agent": "lean-rlhf"}
-        self.secret = os.environ.get("OPENAI_API_KEY", "")
-        if self.secret:
-            self.headers["Authorization"] = f"Bearer {self.secret}"
+        key, address = os.environ.get("OPENAI_API_KEY", ""), urllib.parse.urlsplit(endpoint.base_url)
+        if not key.isascii() or not key.isprintable():
+            sft.stop("$OPENAI_API_KEY has characters that no key has, such as a line break: set it again")
+        self.secrets = sorted({x for x in (key, json.dumps(key)[1:-1], address.password or "") if len(x) > 3}, key=len)[
+            ::-1
+        ]
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
         self.opener = urllib.request.build_opener(NoRedirect)
         self.lock, self.over, self.asked, self.failures = threading.Lock(), threading.Event(), 0, 0
         path = Path(endpoint.cache)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab")  # noqa: SIM115  (held for as long as the client lives)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "ab")  # noqa: SIM115  (held for as long as the client lives)
+        except OSError as error:
+            sft.stop(f"the cache {path} cannot be written ({error.strerror}): name another --cache")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -155,6 +184,12 @@ class Client:
 
     def __exit__(self, *_):
         self.file.close()
+
+    def hide(self, text: str) -> str:
+        """The text without what is secret: whatever is printed or written goes through here."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text
 
     def body(self, messages: list[dict], temperature: float) -> dict:
         found = {"model": self.endpoint.model, "messages": messages, "temperature": temperature,
@@ -171,8 +206,9 @@ class Client:
         request = urllib.request.Request(url, json.dumps(body).encode(), self.headers)
         try:
             with self.opener.open(request, timeout=self.endpoint.timeout) as reply:
-                found = json.loads(reply.read())
-            dict(found["choices"][0]["message"])  # a proxy's apology may come as a 200
+                found = json.loads(self.hide(self.read(reply).decode()))
+            if text_of(found) is None:  # a proxy's apology may come as a 200
+                raise ValueError("a reply without a message")
             return found
         except urllib.error.HTTPError as error:
             if error.code in (408, 409, 425, 429) or error.code >= 500:
@@ -181,10 +217,18 @@ class Client:
                 said = " ".join(error.read(2000).decode(errors="replace").split())[:300]
             except (OSError, http.client.HTTPException):
                 said = ""
-            said = said.replace(self.secret, "***") if self.secret else said
-            raise Failure(f"{url} refuses (HTTP {error.code}): {said or error.reason}") from error
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            raise Again(f"{type(error).__name__}: {error}") from error
+            raise Failure(self.hide(f"{url} refuses (HTTP {error.code}): {said or error.reason}")) from None
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise Again(self.hide(f"{type(error).__name__}: {error}")) from None
+
+    def read(self, reply) -> bytes:
+        """The body, which may take no longer than --timeout and no more room than MOST_BYTES."""
+        until, parts = time.monotonic() + self.endpoint.timeout, []
+        while part := reply.read1(2**16):
+            parts.append(part)
+            if time.monotonic() > until or sum(map(len, parts)) > MOST_BYTES:
+                raise TimeoutError("the reply does not come to its end")
+        return b"".join(parts)
 
     def ask(self, key: str, body: dict):
         """One request, until it is answered: waits 1, 2, 4, ... 60 s, each shortened at random so that threads part."""
@@ -198,12 +242,12 @@ class Client:
                 with self.lock:
                     self.failures += 1
                 if attempt == self.endpoint.retries:
-                    raise Failure(f"{self.endpoint.base_url} failed {attempt + 1} times on one request, last with "
-                                  f"{error}") from error  # fmt: skip
+                    raise Failure(self.hide(f"{self.endpoint.base_url} failed {attempt + 1} times on one request, last with "
+                                            f"{error}")) from None  # fmt: skip
                 pause = min(60.0, self.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
                 self.over.wait(max(pause, error.wait))
         record = {"key": key, "request": body, "reply": reply}
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        line = self.hide(json.dumps(record, ensure_ascii=False)).encode("utf-8", "surrogatepass") + b"\n"
         with self.lock:
             self.file.write(line)
             self.file.flush()
@@ -230,7 +274,7 @@ class Client:
                     kept = f"the {len(self.replies)} replies so far are in {self.endpoint.cache}: run it again to go on"
                     sft.stop(f"{error}; {kept}")
                 raise
-        return [self.replies[key]["choices"][0]["message"].get("content") or "" for key in keys]
+        return [text_of(self.replies[key]) for key in keys]
 
     def verdicts(self, requests: list[list[dict]], read: Callable, form: str, desc: str = "judging") -> list:
         """What `read` finds in the replies at temperature 0; None where there is nothing to be found, asked twice."""
@@ -775,7 +819,11 @@ def arena(args: Arena) -> dict:
 def main(argv=None):
     commands = {Answers: answers, Score: score, MtBench: mt_bench, Arena: arena}
     args = samples.read_flags(Answers | Score | MtBench | Arena, argv, __doc__)
-    return commands[type(args)](args)
+    try:
+        return commands[type(args)](args)
+    except KeyboardInterrupt:
+        print("\nended by SIGINT: replies so far are in the cache, run it again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

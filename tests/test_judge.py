@@ -192,7 +192,7 @@ def test_a_cut_last_line_of_the_cache(tmp_path, capsys):
             assert one.ask_all(requests, "") == ["aa", "é\u2028é\u2028", "cc"]
         assert len(stub.asked) == 4 and cache.read_bytes() == whole
         cache.write_bytes(b"{broken\n" + whole)
-        stopped(capsys, lambda: client(stub, tmp_path), "not JSON")
+        stopped(capsys, lambda: client(stub, tmp_path), "none of ours")
 
 
 def test_killed_and_resumed(tmp_path, capsys):
@@ -502,3 +502,92 @@ def test_real_questions():
     assert [heat.count(t) for t in (0.7, 0.1, 0.0)] == [20, 20, 40]
     arena = judge.read_questions(str(DATA / "arena_hard_v0.1_question.jsonl"), 0)
     assert len(arena) == len({q["id"] for q in arena}) == 500 and all(len(q["turns"]) == 1 for q in arena)
+
+
+# ---------------------------------------------------------------------------------------------- hostile, odd, and secret
+
+
+def test_a_secret_is_nowhere_to_be_read(tmp_path, monkeypatch, capfd):
+    """An endpoint that sends the key back: in its reply, its reason, its headers; and a password in the address."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    echo = lambda h: respond(h, 200, json.dumps({"choices": [{"message": {"content": f"A, {KEY}"}}], "you": KEY}))
+    with Stub(lambda *_: echo) as stub, client(stub, tmp_path) as one:
+        assert one.ask_all([(asked("x"), 0.0)], "") == ["A, ***"]
+
+    def reason(handler):
+        handler.send_response(400, f"no {KEY}")
+        handler.end_headers()
+
+    for fault in (reason, lambda h: respond(h, 400, f"what is {KEY}?"), lambda h: respond(h, 200, f'{{"{KEY}": ')):
+        with (
+            Stub(lambda *_, fault=fault: fault) as stub,
+            client(stub, tmp_path, retries=0) as one,
+            pytest.raises(SystemExit),
+        ):
+            one.ask_all([(asked("y"), 0.0)], "")
+    address = "http://user:hunter-two@127.0.0.1:9/v1"
+    settings = judge.Endpoint(base_url=address, model="m", cache=str(tmp_path / "other"), retries=0, timeout=0.4)
+    with judge.Client(settings) as one, pytest.raises(SystemExit):
+        one.ask_all([(asked("z"), 0.0)], "")
+    said = "".join(capfd.readouterr()) + "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "***" in said and KEY not in said and "hunter" not in said
+
+
+@pytest.mark.parametrize("key", ["sk-1\nX-Evil: 1", "sk-\x7f", "sk-\u00e9\u2028"])
+def test_a_key_that_is_none_is_refused_unseen(tmp_path, monkeypatch, capsys, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    said = stopped(
+        capsys, lambda: judge.Client(judge.Endpoint(base_url="http://h/v1", model="m", cache=str(tmp_path / "c")))
+    )
+    assert "$OPENAI_API_KEY" in said and "sk-" not in said
+
+
+@pytest.mark.parametrize("content", [7, ["A"], {"text": "A"}, True])
+def test_what_is_no_text_is_not_kept(tmp_path, content):
+    odd = lambda h: respond(h, 200, json.dumps({"choices": [{"message": {"content": content}}]}))
+    with Stub(lambda body, attempt: odd if attempt == 1 else "A") as stub, client(stub, tmp_path) as one:
+        assert one.ask_all([(asked("x"), 0.0)], "") == ["A"]
+    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_reply_that_drips_or_never_ends_is_given_up(tmp_path, monkeypatch, capsys):
+    def drip(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.1)
+
+    def flood(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b" " * 2**16)
+
+    monkeypatch.setattr(judge, "MOST_BYTES", 2**18)
+    for fault in (drip, flood):
+        with Stub(lambda *_, fault=fault: fault) as stub, client(stub, tmp_path, retries=1) as one:
+            began = time.time()
+            stopped(capsys, lambda one=one: one.ask_all([(asked("x"), 0.0)], ""), "does not come to its end")
+            assert time.time() - began < 5
+
+
+def test_settings_and_caches_that_cannot_be_used(tmp_path, capsys):
+    begin = lambda **changes: judge.Client(judge.Endpoint(**{"base_url": "http://h/v1", "model": "m"} | changes))
+    (tmp_path / "folder").mkdir()
+    for changes in ({"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}, {"timeout": float("nan")}):
+        stopped(capsys, lambda changes=changes: begin(cache=str(tmp_path / "c"), **changes), "--concurrency")
+    stopped(capsys, lambda: begin(cache=str(tmp_path / "folder")), "cannot be written")
+    for i, line in enumerate(
+        (
+            "[1]",
+            '{"key": 1}',
+            '{"key": "a", "reply": {"choices": [{"message": {"content": 5}}]}}',
+            "no json",
+            "[" * 10**5,
+        )
+    ):
+        foreign = tmp_path / f"foreign{i}"
+        foreign.write_text(line + "\n")
+        stopped(capsys, lambda foreign=foreign: begin(cache=str(foreign)), "line 1 of the cache")
+        assert foreign.read_text() == line + "\n"
