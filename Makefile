@@ -41,6 +41,9 @@ test: .venv/done
 test-all: .venv/done  ## and every family, precision and ZeRO stage through every script
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
+chaos: .venv/done  ## kills at every file-system call of every script, strangers' rows, a long run: minutes
+	$(PY) tests/chaos.py
+
 lint: .venv/done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -60,4 +63,4 @@ bench: .venv/done
 	.venv/bin/pip install -q -r requirements.txt
 	touch $@
 
-.PHONY: demo demo-all test test-all lint bench experiments
+.PHONY: demo demo-all test test-all lint bench experiments chaos

@@ -866,8 +866,9 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
                 try:
                     row = canonical(dict(zip(columns, values, strict=True)))
                     found += [(json.dumps(example), "") for example in encode_row(row)]
-                except ValueError as error:
-                    found.append(("", f"{source} row {numbers[i] + 1}: {error}"))
+                except Exception as error:  # of a stranger's row anything may be wrong
+                    why = error if isinstance(error, ValueError) else f"it cannot be read ({type(error).__name__})"
+                    found.append(("", f"{source} row {numbers[i] + 1}: {why}"[:1000]))
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
         several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
@@ -928,10 +929,16 @@ def canonical(row: dict) -> dict:
         grade = lambda c: c.get("overall_score") if c.get("fine-grained_score") is None else c["fine-grained_score"]
         found = row["completions"]
         row["responses"] = [{"text": c.get("response"), "score": grade(c), "policy": c.get("model")} for c in found]
+    if row.get("responses") == [] and not {"completion", "chosen"} & row.keys():
+        raise ValueError("field responses is empty")
     scores = [response.get("score") for response in row.get("responses", [])]
-    for score in scores:
-        if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
-            raise ValueError(f"field score is {score!r}, not a finite number")
+    for score in scores:  # means and variances of 1e15 still fit into fp32
+        number = isinstance(score, (int, float)) and not isinstance(score, bool)
+        if score is not None and not (number and abs(score) <= 1e15):
+            raise ValueError(f"field score is {score!r:.50}, not a finite number of a size that can be averaged")
+    for policy in [response.get("policy") for response in row.get("responses", [])]:
+        if policy is not None and not (isinstance(policy, (str, int)) and len(str(policy)) < 1000):
+            raise ValueError("field policy is not a name")
     row["answer"] = "completion"  # what SFT imitates; on preferences or grades, the better response
     if "completion" not in row and "chosen" in row:
         row |= {"completion": row["chosen"], "answer": "chosen"}
@@ -949,6 +956,8 @@ def as_messages(prompt) -> list[dict]:
     text = lambda m: isinstance(m, dict) and all(isinstance(m.get(field), str) for field in ("role", "content"))
     if not chat or not isinstance(chat, list) or not all(map(text, chat)):
         raise ValueError("field prompt is missing, or neither a string nor a list of {role, content} messages")
+    if not any(m["content"].strip() for m in chat):
+        raise ValueError("field prompt is empty")
     return chat
 
 

@@ -79,8 +79,9 @@ def load_rows(name: str, split: str, kind: str, seed: int = 0) -> list[tuple[dic
         for row, i in zip(*sft.read_data(source, split, kind, seed), strict=True):
             try:
                 found.append((sft.canonical(row), f"{source} row {i + 1}"))
-            except ValueError as error:
-                sft.stop(f"{source} row {i + 1}: {error}")
+            except Exception as error:  # of a stranger's row anything may be wrong
+                why = error if isinstance(error, ValueError) else f"it cannot be read ({type(error).__name__})"
+                sft.stop(f"{source} row {i + 1}: {why}"[:1000])
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -18,6 +19,8 @@ import test_invariants as tiny
 from test_invariants import SCRIPTS, distance, metrics, run
 
 import sft
+import toy
+from eval import samples
 
 home = tiny.home  # a fixture: a tiny policy, data, a GVM and a reward model
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,8 +247,6 @@ def test_models_that_are_not_what_is_wanted(home, tmp_path, capfd):
     model = AutoModelForCausalLM.from_pretrained(home / "base")
     model.resize_token_embeddings(50)
     model.save_pretrained(tmp_path / "few")
-    import toy
-
     toy.tokenizer().save_pretrained(tmp_path / "few")
     assert "embeddings for 50 tokens" in refused(capfd, home, "sft", tmp_path / "out", model=tmp_path / "few")
 
@@ -314,6 +315,63 @@ def test_ranks_without_torchrun_are_told(monkeypatch, capfd, env):
     with pytest.raises(SystemExit) as ended:
         sft.main(["--steps", "1"])
     assert ended.value.code == 2 and "no torchrun is here" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- strangers' rows
+ODD = [None, "", " ", "\ud800", "\x00", "<eos>", "\n\nHuman:", 0, -1, 10**30, 1e300, float("nan"), float("inf"), True, [], {}, [[]], [{}],
+       {"role": "user"}, [{"role": "user", "content": 3}], [{"role": "alien", "content": "x"}], ["x"], "x" * 5000]  # fmt: skip
+FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "responses", "completions", "info", "summaries", "summary", "choice",
+          "article", "highlights", "instruction", "input", "output", "split", "policy")  # fmt: skip
+
+
+def odd_row(rng) -> dict:
+    prompt = rng.choice(toy.prompts("rl")[:20])
+    answer = lambda: {"text": "the soup is good .", "score": rng.random(), "policy": "a"}
+    row = {"prompt": prompt, "completion": "the soup is good .", "responses": [answer(), answer()]}
+    for _ in range(rng.randint(1, 4)):
+        value = rng.choice(ODD)
+        if rng.random() < 0.5:
+            row[rng.choice(FIELDS)] = value
+        elif isinstance(row.get("responses"), list) and row["responses"] and isinstance(row["responses"][0], dict):
+            row["responses"][0][rng.choice(("text", "score", "policy", "complete"))] = value
+        else:
+            row.pop(rng.choice(list(row)) if row else "", None)
+    return row
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_odd_rows_are_left_out_or_named_and_never_a_traceback(tmp_path, capfd, seed):
+    rng, tokenizer, path = random.Random(seed), toy.tokenizer(), tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps(odd_row(rng)) + "\n" for _ in range(seed % 3 * 10 + 1)))
+    for read in (
+        lambda args: sft.load_data(args, "sft", lambda row: [sft.encode(tokenizer, row, "completion", args)]),
+        lambda args: SCRIPTS["gvm"].load_answers(tokenizer, args),
+        lambda args: samples.read(args.data),
+    ):
+        try:
+            read(SCRIPTS["gvm"].Args(data=str(path), skip_bad_rows=seed % 2 == 0))
+        except SystemExit as ended:
+            assert ended.code == 2 and str(path) in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "", "completion": "x"}, "prompt is empty"), ({"prompt": [], "completion": "x"}, "field prompt"),
+        ({"prompt": "q", "responses": []}, "responses is empty"), ({"prompt": "q", "responses": [{"text": "x", "score": True}]}, "field score"),
+        ({"prompt": "q", "responses": [{"text": "x", "score": 1e300}]}, "field score"),
+        ({"prompt": "q", "responses": [{"text": "x", "score": 1.0, "policy": ["a"]}]}, "field policy"),
+        ({"prompt": "q", "responses": [{"text": "x", "score": 1.0, "policy": "a" * 10**6}]}, "field policy"),
+        ({"prompt": "q", "completion": "\ud800"}, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_a_row_must_not_hold(tmp_path, capfd, row, says):
+    path, tokenizer = tmp_path / "rows.jsonl", toy.tokenizer()
+    path.write_text(json.dumps(row) + "\n")
+    args = sft.Args(data=str(path))
+    with pytest.raises(SystemExit) as ended:
+        sft.load_data(args, "sft", lambda row: [sft.encode(tokenizer, row, "completion", args)])
+    assert ended.value.code == 2 and says in capfd.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

@@ -1,0 +1,223 @@
+"""Minutes of what a unit test has no time for: one line a test, with counts. `make chaos`.
+
+    python tests/chaos.py [--kills 20] [--rows 10000] [--steps 2000]
+
+Kills: each script is run with a checkpoint and a snapshot at every second step and killed (SIGKILL) at one of its file-system calls
+(open for writing, rename, remove, make a folder: Python's audit events), then resumed. It must end with the weights, the rows
+and the files of a run that was not killed. Rows: strangers' data through what reads rows in every script. Steps: a long run of
+dvpo.py, whose memory and open files must not grow.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = os.environ["TQDM_DISABLE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import test_invariants as tiny
+import torch
+from test_faults import odd_row
+
+import gvm
+import sample
+import sft
+import toy
+import vcb
+from eval import samples
+
+torch.set_num_threads(1)
+CALLS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate")
+SAVED = {"save_every": 2, "steps": 4}
+BAD = 0
+
+
+def said(name: str, good: int, of: int, *, more: str = ""):
+    global BAD
+    BAD += good != of
+    print(f"{'ok  ' if good == of else 'FAIL'} {name}: {good} / {of}{more}", flush=True)
+
+
+def forked(work) -> int:
+    """Exit status of `work()` in a process of its own; minus the signal that killed it."""
+    pid = os.fork()
+    if not pid:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        try:
+            work()
+            os._exit(0)
+        except SystemExit as ended:
+            os._exit(ended.code or 0)
+        except BaseException:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def counted(folder: Path, at: int) -> list:
+    """An audit hook that kills this process at its call number `at` on a path under the folder. -> the calls so far."""
+    calls, counts = 0, []
+
+    def hook(event, found):
+        nonlocal calls
+        if event not in CALLS or not str(found[0]).startswith(str(folder)):
+            return
+        if event == "open" and not (found[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        counts.append(calls)
+
+    sys.addaudithook(hook)
+    return counts
+
+
+def started(script: str, home: Path, out: Path, resume: bool):
+    settings = SAVED | ({} if script in ("sft", "gvm", "rm") else {"snapshot_every": 2})
+    if script == "sample":
+        flags = {
+            "data": home / "prompts.jsonl",
+            "output_dir": out,
+            "policy": home / "base",
+            "reward_model": home / "rm" / "final",
+        }
+        words = [x for name, value in flags.items() for x in (f"--{name}", str(value))]
+        return sample.main(
+            [*words, "--n", "2", "--max_response_tokens", "8", "--batch_size", "4", *(["--resume"] if resume else [])]
+        )
+    if script == "rest":
+        settings |= {"quantiles": (0.0,)}
+    tiny.run(home, script, out, resume=resume, **settings)
+
+
+def written(out: Path) -> dict:
+    """What a run leaves: names of files, rows but for times, weights."""
+    names = sorted(str(x.relative_to(out)) for x in out.rglob("*") if x.is_file() and x.name != "lock")
+    rows = {path.name: tiny.jsonl(path) for path in out.glob("*.jsonl")}
+    rows = {
+        name: [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in some]
+        for name, some in rows.items()
+    }
+    found = {path: path.read_bytes() for path in out.glob("**/model.safetensors")}
+    return {"names": names, "rows": rows, "weights": {str(path.relative_to(out)): data for path, data in found.items()}}
+
+
+def kills(home: Path, folder: Path, most: int):
+    good, tried, number = 0, 0, folder / "calls"
+    for script in (*tiny.SCRIPTS, "sample"):
+        straight = folder / f"{script}-straight"
+
+        def uncut(script=script, out=straight):
+            counts = counted(out, 0)
+            started(script, home, out, False)
+            number.write_text(str(len(counts)))
+
+        assert forked(uncut) == 0, script
+        calls, expected = int(number.read_text()), written(straight)
+        wanted, fine = sorted(random.Random(script).sample(range(1, calls + 1), min(calls, most))), 0
+        for at in wanted:
+            out = folder / f"{script}-{at}"
+            status = forked(lambda s=script, o=out, at=at: (counted(o, at), started(s, home, o, False)))
+            again = forked(lambda s=script, o=out: started(s, home, o, True))
+            if status == -signal.SIGKILL and again == 0 and written(out) == expected:
+                fine += 1
+                shutil.rmtree(out)
+            else:
+                print(
+                    f"     {script} killed at call {at} of {calls}: ended {status}, resumed {again}, see {out}",
+                    flush=True,
+                )
+        good, tried = good + fine, tried + len(wanted)
+        said(f"kills survived, {script}", fine, len(wanted), more=f" (of {calls} calls)")
+    said("kills survived, all", good, tried)
+
+
+# ------------------------------------------------------------------------------------------------------- strangers' rows
+def rows(folder: Path, count: int):
+    """Every file of odd rows ends in one line, or is read."""
+    tokenizer, rng, good, tried, read = toy.tokenizer(), random.Random(0), 0, 0, 0
+    readers = {
+        "sft": lambda args: sft.load_data(args, "sft", lambda row: [sft.encode(tokenizer, row, "completion", args)]),
+        "gvm": lambda args: gvm.load_answers(tokenizer, args),
+        "vcb": lambda args: vcb.load_groups(tokenizer, args, args.data, "train"),
+        "eval": lambda args: samples.read(args.data),
+    }
+    kinds = {"sft": sft.Args, "gvm": gvm.Args, "vcb": vcb.Args, "eval": sft.Args}
+    per_file = 25
+    while tried < count:
+        path = folder / "odd.jsonl"
+        some = [odd_row(rng) for _ in range(per_file)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in some), errors="surrogatepass")
+        for name, read_all in readers.items():
+            args = kinds[name](data=str(path), skip_bad_rows=rng.random() < 0.8)
+            tried += per_file
+            try:
+                with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                    read_all(args)
+                read += 1
+            except SystemExit as ended:
+                if ended.code != 2:
+                    continue
+            except BaseException as error:
+                print(f"     {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+                continue
+            good += per_file
+    said("odd rows without a traceback", good, tried, more=f" ({read} files of them were read)")
+
+
+def long_run(home: Path, folder: Path, steps: int):
+    """Memory and open files of dvpo.py after a tenth of its steps and at its end."""
+    seen, module = [], tiny.SCRIPTS["dvpo"]
+    log = module.Run.log
+
+    def watched(self, metrics):
+        log(self, metrics)
+        if self.step in (steps // 10, steps):
+            seen.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, len(os.listdir("/proc/self/fd"))))
+
+    module.Run.log = watched
+    began = time.time()
+    tiny.run(home, "dvpo", folder / "long", steps=steps, rollout_batch_size=6, batch_size=6)
+    module.Run.log = log
+    (memory, files), (memory_then, files_then) = seen
+    flat = memory_then < memory * 1.05 + 20 and files_then <= files
+    said(f"{steps} steps of DVPO in flat memory", int(flat), 1,
+         more=f" ({memory:.0f} -> {memory_then:.0f} MB, {files} -> {files_then} files, {time.time() - began:.0f} s)")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--kills", type=int, default=10**6, help="at most so many for a script; default: one at each of its calls"
+    )
+    parser.add_argument("--rows", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=2000)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make = type("Factory", (), {"mktemp": staticmethod(lambda x: (folder / x).mkdir() or folder / x)})
+        home = getattr(tiny.home, "__wrapped__", None) or tiny.home._get_wrapped_function()
+        home = home(make)
+        kills(home, folder, args.kills)
+        rows(folder, args.rows)
+        long_run(home, folder, args.steps)
+    print("all is well" if not BAD else f"{BAD} tests failed")
+    raise SystemExit(bool(BAD))
+
+
+if __name__ == "__main__":
+    main()
