@@ -35,6 +35,7 @@ import datetime
 import fcntl
 import functools
 import hashlib
+import heapq
 import itertools
 import json
 import math
@@ -1233,12 +1234,12 @@ def layout(lengths: list[int], packed: bool, room: int = 0):
     for rows in range(1, len(lengths) + 1):
         if rows * lengths[order[0]] > best:  # more rows can but cost more
             break
-        ends, places = [0] * rows, [(0, 0)] * len(lengths)
+        ends, places = [(0, row) for row in range(rows)], [(0, 0)] * len(lengths)  # a heap: the shortest row first
         for i in order:
-            row = ends.index(min(ends))
-            places[i] = (row, ends[row])
-            ends[row] += lengths[i]
-        width = max(ends)
+            end, row = ends[0]
+            places[i] = (row, end)
+            heapq.heapreplace(ends, (end + lengths[i], row))
+        width = max(end for end, _ in ends)
         cost = rows * width * (1 + width / 24576)  # of a model of a few thousand dimensions; it need not be exact
         if cost < best and (rows == 1 or rows * width <= room or sum(lengths) > room):
             best, found = cost, (places, rows, width)

@@ -245,6 +245,8 @@ def pictures(found: Found) -> dict:
             made[name] = (draw_dots, found, groups)
     if found.probes:
         made |= {"values": (draw_values, found), "gradient": (draw_gradient, found)}
+        pairs = next(iter(found.probes.values()))["tokens"]
+        made["token_values"] = (report.draw_tokens, pairs, report.scale_limit(pairs))
     return made
 
 

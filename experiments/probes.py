@@ -8,6 +8,7 @@ teachers   values of the SFT policy from the reward model (mean score of k conti
 moved      the same of DVPO's snapshots: does the frozen GVM still know a policy that has moved?
 gradient   at the SFT policy, for each advantage: noise over signal of a batch's gradient, and the cosine of its mean with
            that of the exact values
+tokens     words of a few responses with their Q and their exact values
 implicit   DPO's implicit reward, log pi - log pi_ref (and VCB's, IPO's), against gold, the reward model and length, on
            texts of the SFT policy
 """
@@ -26,7 +27,7 @@ import dvpo
 import gvm
 import sft
 import toy
-from eval import calibration, demo
+from eval import calibration, demo, report
 from experiments import measure
 
 TEXTS = 96  # of a policy, each with three places to go on from
@@ -145,6 +146,18 @@ def positions(bench) -> dict:
     return found | {"variance": [float(at(exact, t).var()) for t in range(width)]}
 
 
+def tokens(bench) -> list[dict]:
+    """The report's picture of token values: pairs of responses that part at one word, by rule on the first held-out prompt."""
+    listed = lambda x: x.tolist() if isinstance(x, np.ndarray) else x
+    keep = ("title", "prompt", "lines", "span", "decisive")
+    pairs = report.token_pairs(bench.folder / "gvm" / "final", bench.tokenizer)
+    return [
+        {key: pair[key] for key in keep}
+        | {"lines": [{k: listed(v) for k, v in line.items()} for line in pair["lines"]]}
+        for pair in pairs
+    ]
+
+
 def weights(bench, rows) -> dict:
     """Advantage -> (B, T): all of dvpo.py's forms on the GVM's values, the exact ones, and rewards without any value."""
     width = max(len(row[2]) for row in rows)
@@ -240,7 +253,7 @@ def main():
     bench = measure.Bench(folder, json.loads((folder / "sft" / "args.json").read_text())["seed"])
     found = {
         "teachers": continued(bench, bench.reference, 1, bench.rewards["proxy"]), "moved": moved(bench),
-        "gradient": gradient(bench), "implicit": implicit(bench), "positions": positions(bench),
+        "gradient": gradient(bench), "implicit": implicit(bench), "positions": positions(bench), "tokens": tokens(bench),
     }  # fmt: skip
     kept.write_text(json.dumps(measure.rounded(found)) + "\n")
 

@@ -41,13 +41,14 @@ from eval import samples
 torch.set_num_threads(1)
 CALLS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate")
 SAVED = {"save_every": 2, "steps": 4}
-BAD = 0
+BAD, LINES = 0, []
 
 
 def said(name: str, good: int, of: int, *, more: str = ""):
     global BAD
     BAD += good != of
-    print(f"{'ok  ' if good == of else 'FAIL'} {name}: {good} / {of}{more}", flush=True)
+    LINES.append(f"{'ok  ' if good == of else 'FAIL'} {name}: {good} / {of}{more}")
+    print(LINES[-1], flush=True)
 
 
 def forked(work) -> int:
@@ -215,6 +216,8 @@ def main():
         kills(home, folder, args.kills)
         rows(folder, args.rows)
         long_run(home, folder, args.steps)
+    if len(LINES) > 12:
+        (Path(__file__).resolve().parent.parent / "bench" / "results" / "chaos.txt").write_text("\n".join(LINES) + "\n")
     print("all is well" if not BAD else f"{BAD} tests failed")
     raise SystemExit(bool(BAD))
 
