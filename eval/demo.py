@@ -12,6 +12,7 @@ knows all policies exactly and infers from tau and prefix which one is writing.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -158,8 +159,17 @@ def yardsticks(pairs: int, seed: int = 0, policies=toy.TRAIN_POLICIES) -> dict:
     return {name: fit(list(zip(guess, exact, strict=True))) for name, guess in guesses.items()}
 
 
+def folder_of(argv, doc: str) -> Path:
+    """The one argument of this program and of the report."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", nargs="?", default="runs/demo", type=Path, help="a demo's folder, by default runs/demo"
+    )
+    return parser.parse_args(argv).folder
+
+
 def main(argv=None):
-    folder = Path((argv or sys.argv[1:] or ["runs/demo"])[0])
+    folder = folder_of(argv, __doc__)
     if not (folder / "sft" / "final" / "config.json").is_file():
         gvm.stop(f"{folder} holds no demo: run `make demo` first")
     args = dvpo.Args(max_response_tokens=toy.MAX_RESPONSE_TOKENS, max_prompt_tokens=64)

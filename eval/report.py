@@ -726,7 +726,7 @@ def report(folder: Path) -> Path:
 
 
 def main(argv=None):
-    folder = Path((argv or sys.argv[1:] or ["runs/demo"])[0])
+    folder = demo.folder_of(argv, __doc__)
     if not (folder / "results.json").is_file():
         gvm.stop(f"{folder / 'results.json'} is not there: run `python eval/demo.py {folder}` first")
     print(f"{report(folder)} written")
