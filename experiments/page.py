@@ -46,6 +46,10 @@ YARDSTICKS = {
 }
 
 
+MARK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
+NOT_YET = "*Not run yet.*"
+
+
 class Found:
     """experiments/toy.json: what runs measured, a number a seed."""
 
@@ -108,15 +112,17 @@ def policies(
     found: Found, names, columns=("gold reward", "KL to SFT", "malformed", "tokens"), against: str = ""
 ) -> str:
     head = ["", *columns, *([f"gold − {NAMES[against]}, paired"] if against else [])]
-    rows = []
-    for name in names:
+    rows, missing = [], [NAMES.get(name, name) for name in names if name not in found.runs]
+    for name in (name for name in names if name in found.runs):
         row = [NAMES.get(name, f"`{name}`")]
         row += [shown(found.numbers(name, *COLUMNS[c][0]), *COLUMNS[c][1:]) for c in columns]
         if against:
             gap = found.numbers(name, "gold", "mean") - found.numbers(against, "gold", "mean")
             row.append("–" if name == against else shown(gap))
         rows.append(row)
-    return table(head, rows)
+    if len(rows) < 1 + bool(against):
+        return NOT_YET
+    return table(head, rows) + (f"\n\n*Not run yet: {', '.join(missing)}.*" if missing else "")
 
 
 def at_kl(found: Found, name: str, kl: float) -> np.ndarray:
@@ -174,7 +180,7 @@ def values(found: Found, names, yardsticks: bool = False) -> str:
         for which, text in (("right_tau", "the writer's τ"), ("other_tau", "another's τ"), ("no_tau", "no τ")):
             path = [(which, span, kind) for kind in ("correlation", "mse") for span in ("all", "first3")]
             cells = [shown(found.numbers(name, *p), 3) for p in path]
-            if cells[0] != "–":
+            if cells[0] != "–" and name in found.runs:
                 rows.append([f"{label}, {text}", *cells])
     for which, text in YARDSTICKS.items() if yardsticks else ():
         path = [("yardsticks", which, span, kind) for kind in ("correlation", "mse") for span in ("all", "first3")]
@@ -285,6 +291,134 @@ def implicit(found: Found) -> str:
     return table(["", "pairs in the gold order", "in the reward model's", "correlation with length", "with gold"], rows)
 
 
+def word(gap: np.ndarray) -> str:
+    """How one number stands to another, of their paired differences over seeds."""
+    _, low, high = interval(gap)
+    return "above" if low > 0 else "below" if high < 0 else "level with"
+
+
+def against(found: Found, one: str, other: str, *path) -> str:
+    """`above PPO's (0.05 [0.01, 0.09])`."""
+    gap = found.numbers(one, *path) - found.numbers(other, *path)
+    return f"{word(gap)} {NAMES[other].replace('`', '')}'s (difference {shown(gap)})"
+
+
+GOLD = ("gold", "mean")
+
+
+def answer_values(found: Found) -> str:
+    at = lambda which, span, kind="correlation": shown(found.numbers("gvm", which, span, kind), bounds=False)
+    yard = lambda which: shown(found.numbers("gvm", "yardsticks", which, "all", "correlation"), bounds=False)
+    held = lambda which: shown(found.numbers("gvm", "held_out_policies", which, "all", "correlation"), bounds=False)
+    return (
+        f"**Answer.** Of the token values, yes: with the writer's τ the correlation over the first three tokens is {at('right_tau', 'first3')}, with "
+        f"none shown {at('no_tau', 'first3')}, with another policy's {at('other_tau', 'first3')}; over all tokens {at('right_tau', 'all')} "
+        f"({yard('bayes_tau')} is Bayes-optimal). Of policies never seen it is {held('right_tau')} over all tokens, {held('no_tau')} with none shown."
+    )  # fmt: skip
+
+
+def answer_moved(found: Found) -> str:
+    at = lambda i, name: shown(
+        [one["moved"][i]["correlation"][name]["all"] for one in found.probes.values()], bounds=False
+    )
+    kl = shown([one["moved"][-1]["kl"] for one in found.probes.values()], 1, bounds=False)
+    start = lambda name: shown(found.probed("teachers", "correlation", name, "all"), bounds=False)
+    return (
+        f"**For a policy that mixes others or has moved, τ misleads more than it tells**: of the SFT policy's own values the GVM knows "
+        f"{start('gvm')} with τ and {start('gvm_no_tau_shown')} without (correlation), of DVPO's policy at a KL of {kl} {at(-1, 'gvm')} and "
+        f"{at(-1, 'gvm_no_tau_shown')}."
+    )  # fmt: skip
+
+
+def answer_ppo(found: Found) -> str:
+    kl = lambda name: shown(found.numbers(name, "kl"), 1, bounds=False)
+    level = next((x for x in (4.0, 3.5, 3.0) if not np.isnan(at_kl(found, "dvpo", x)).any()), 2.0)
+    gap = at_kl(found, "dvpo", level) - at_kl(found, "ppo", level)
+    steps = steps_to(found, "dvpo")
+    return (
+        f"**Answer.** DVPO's gold reward is {against(found, 'dvpo', 'ppo', *GOLD)}, at a KL of {kl('dvpo')} against {kl('ppo')}; at an equal KL of "
+        f"{level:.1f} nats it is {word(gap)} PPO's ({shown(gap)}). It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
+        f"{len(steps)} seeds. The paper's own advantage, `q`, is {against(found, 'dvpo_q', 'ppo', *GOLD)}. What DVPO saves is the critic, the "
+        "reward model and half of an update (README), not steps."
+    )  # fmt: skip
+
+
+def answer_gradient(found: Found) -> str:
+    cosine = lambda name: shown(found.probed("gradient", name, "cosine"), bounds=False)
+    noise = lambda name: shown(found.probed("gradient", name, "noise"), 1, bounds=False)
+    return (
+        f"**Answer.** Steps of Q give by far the best gradient: Q − V of the GVM points where exact Q − V points (cosine {cosine('gvm_q_minus_v')}, noise over "
+        f"signal {noise('gvm_q_minus_v')}), `gae` less so ({cosine('gvm_gae')}, {noise('gvm_gae')}), the paper's `q` still less ({cosine('gvm_q')}, "
+        f"{noise('gvm_q')}); a whole response weighted by the reward model's score has {cosine('reward_rm')} and {noise('reward_rm')}, by the gold reward "
+        f"itself {cosine('reward_gold')} and {noise('reward_gold')}. That is what a value model is for."
+    )  # fmt: skip
+
+
+def answer_off(found: Found) -> str:
+    others = {name: found.numbers(name, *GOLD) for name in OFF[1:]}
+    best = max(others, key=lambda name: np.nanmean(others[name]))
+    rates = {name: np.nanmean(found.numbers(name, "misaligned")) for name in OFF}
+    least = min(rates, key=rates.get)
+    level = [found.numbers("vcb", "kl").mean(), found.numbers(best, "kl").mean()]
+    return (
+        f"**Answer.** VCB's gold reward is {against(found, 'vcb', best, *GOLD)}, the next best; their KLs are {level[0]:.1f} and {level[1]:.1f}. The lowest "
+        f"misalignment is {NAMES[least]}'s, {100 * rates[least]:.1f} % (VCB {100 * rates['vcb']:.1f} %)."
+    )  # fmt: skip
+
+
+def answer_over(found: Found) -> str:
+    seen = []
+    for name in (name for name in (*ON, *OFF) if name in found.runs):
+        for seed in found.seeds:
+            row = found.runs[name][str(seed)]
+            if not row["points"]:
+                continue
+            best = max(row["points"], key=lambda point: point["gold"])
+            if best["gold_ci95"][0] > row["gold"]["ci95"][1] and row["proxy"]["mean"] > best["proxy"]:
+                seen.append(f"{NAMES[name]} on seed {seed}")
+    total = sum(len(found.runs[name]) for name in (*ON, *OFF) if name in found.runs)
+    return (
+        f"**Answer.** Within a run, gold reward that falls while the proxy rises, both beyond their noise, is seen in {len(seen)} of {total} runs"
+        f"{' (' + ', '.join(seen) + ')' if seen else ''}. Best-of-n of the SFT policy lies above every off-policy method at its own KL where the dotted line does."
+    )  # fmt: skip
+
+
+def answer_implicit(found: Found) -> str:
+    at = lambda name, key: shown(found.probed("implicit", name, key), 1, True, False)
+    length = lambda name: shown(found.probed("implicit", name, "length"), bounds=False)
+    return (
+        f"**Answer.** DPO's implicit reward puts {at('dpo', 'gold')} of pairs in the gold order, VCB's {at('vcb', 'gold')}; the reward model that both learned "
+        f"from {at('rm', 'gold')}. A policy is a worse judge than its teacher. Its correlation with length is {length('dpo')} (the reward model's {length('rm')})."
+    )  # fmt: skip
+
+
+def answer_teachers(found: Found) -> str:
+    at = lambda name: shown(found.probed("teachers", "correlation", name, "all"), bounds=False)
+    return (
+        f"**Answer.** They do not tell the same at equal cost. One forward pass of the GVM without τ knows {at('gvm_no_tau_shown')} of the SFT policy's values "
+        f"(correlation; {at('gvm')} with τ); the reward model needs continuations: {at('rm_1')} with one, {at('rm_4')} with four, {at('rm_8')} with eight. One "
+        f"continuation under the gold reward itself tells {at('gold_1')}: sampling, not the teacher, is the larger error."
+    )  # fmt: skip
+
+
+def answer_baselines(found: Found) -> str:
+    names = [name for name in ON if name not in ("dvpo", "dvpo_q", "ppo")]
+    rest = "; ".join(f"{NAMES[name]} is {against(found, name, 'ppo', *GOLD)}" for name in names)
+    return f"**Answer.** At equal rollouts {rest}."
+
+
+def claims(found: Found) -> str:
+    """The README's findings."""
+    return "\n".join(
+        f"- {text}"
+        for text in (
+            answer_ppo(found).removeprefix("**Answer.** "), answer_off(found).removeprefix("**Answer.** "),
+            answer_values(found).removeprefix("**Answer.** "), answer_moved(found), answer_gradient(found).removeprefix("**Answer.** "),
+            answer_baselines(found).removeprefix("**Answer.** "), answer_over(found).removeprefix("**Answer.** "),
+        )
+    )  # fmt: skip
+
+
 def _dig(row, path):
     for key in path:
         row = row.get(key) if isinstance(row, dict) else None
@@ -321,10 +455,10 @@ def tables() -> dict[str, callable]:
             "pairs": lambda: pairs_shown(toy),
             "tau_policy": lambda: policies(toy, ("dvpo", "dvpo_no_tau_shown", "dvpo_no_tau", "dvpo_other_tau"), against="dvpo"),
             "readings": lambda: readings(toy, ("sft", "dvpo", "ppo", "grpo")),
-            "targets": lambda: values(
-                toy, [("gvm", "outcome share 0.5"), ("gvm_all_tokens", "no outcome share"), ("gvm_td_95", "TD(0.95)"), ("gvm_td_0", "TD(0)"), ("gvm_eq_2", "eq. 2")]
+            "targets": lambda: NOT_YET if "gvm_td_0" not in toy.runs else values(
+                toy, [("gvm_no_tau", "outcome share 0.5"), ("gvm_all_tokens", "no outcome share"), ("gvm_td_95", "TD(0.95)"), ("gvm_td_0", "TD(0)"), ("gvm_eq_2", "eq. 2")]
             ),
-            "targets_policy": lambda: policies(toy, ("dvpo", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0", "dvpo_eq_2"), against="dvpo"),
+            "targets_policy": lambda: policies(toy, ("dvpo_no_tau", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0", "dvpo_eq_2"), against="dvpo_no_tau"),
             "ladder": lambda: policies(toy, ("dvpo_exact_q", "ppo_gold", "dvpo", "dvpo_no_tau", "ppo", "ppo_rm_2_epochs"), against="ppo"),
             "equal_kl": lambda: equal_kl(toy, ON),
             "plateau": lambda: plateau(toy, ON),
@@ -340,14 +474,14 @@ def tables() -> dict[str, callable]:
         }  # fmt: skip
         if toy.probes:
             made |= {
+                "answer_1": lambda: f"{answer_values(toy)}\n\n{answer_moved(toy)}", "answer_3": lambda: answer_ppo(toy),
+                "answer_4": lambda: answer_gradient(toy), "answer_5": lambda: answer_off(toy), "answer_6": lambda: answer_over(toy),
+                "answer_7": lambda: answer_implicit(toy), "answer_8": lambda: answer_teachers(toy),
+                "answer_9": lambda: answer_baselines(toy), "claims": lambda: claims(toy),
                 "gradients": lambda: gradients(toy), "teachers": lambda: teachers(toy), "moved": lambda: moved(toy),
                 "implicit": lambda: implicit(toy),
             }  # fmt: skip
     return made
-
-
-MARK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
-NOT_YET = "*Not run yet.*"
 
 
 def rewritten(text: str, made: dict) -> str:
