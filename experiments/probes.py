@@ -148,14 +148,12 @@ def positions(bench) -> dict:
 
 def tokens(bench) -> list[dict]:
     """The report's picture of token values: pairs of responses that part at one word, by rule on the first held-out prompt."""
-    listed = lambda x: x.tolist() if isinstance(x, np.ndarray) else x
-    keep = ("title", "prompt", "lines", "span", "decisive")
+    listed = lambda x: x.tolist() if isinstance(x, (np.ndarray, np.generic)) else x
     pairs = report.token_pairs(bench.folder / "gvm" / "final", bench.tokenizer)
-    return [
-        {key: pair[key] for key in keep}
-        | {"lines": [{k: listed(v) for k, v in line.items()} for line in pair["lines"]]}
-        for pair in pairs
-    ]
+    kept = [{key: listed(pair[key]) for key in ("title", "prompt", "span", "decisive")} for pair in pairs]
+    for one, pair in zip(kept, pairs, strict=True):
+        one["lines"] = [{key: listed(value) for key, value in line.items()} for line in pair["lines"]]
+    return kept
 
 
 def weights(bench, rows) -> dict:
