@@ -1393,11 +1393,9 @@ class Run:
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
                 self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
-        signals = (
-            [x for some in gather_lists([list(_signals)], self.world) for x in some]
-            if read and self.world > 1
-            else _signals
-        )
+        signals = _signals
+        if self.world > 1:
+            signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []
         if save or signals:
             self.checkpoint()
         if signals:

@@ -377,3 +377,58 @@ def test_the_first_update_in_bf16_on_two_ranks_has_full_size(home, core, tmp_pat
 
 if __name__ == "__main__":
     ranks_main(Path(sys.argv[2]), sys.argv[1])
+
+
+# -------------------------------------------------------------------------------------------------------- signals, launcher
+def two_ranks_under_way(folder, *argv):
+    """A torchrun of two ranks that has taken some steps of sft.py, and the ranks' process ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+    ]
+    flags = ["--model", "toy", "--steps", "3000", "--batch_size", "4", "--output_dir", "out", *argv]
+    with open(folder / "output.txt", "w") as file:
+        command = [sys.executable, *words, str(ROOT / "sft.py"), *flags]
+        agent = subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=ENV)
+    until = time.time() + 90
+    while not (folder / "out" / "metrics.jsonl").is_file():
+        assert time.time() < until and agent.poll() is None, (folder / "output.txt").read_text()
+        time.sleep(0.2)
+    ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    return agent, [int(x) for x in ranks if "sft.py" in Path(f"/proc/{x}/cmdline").read_text()]
+
+
+def ended(pids, limit):
+    until = time.time() + limit
+    alive = lambda pid: Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    while any(map(alive, pids)):
+        if time.time() > until:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def test_a_signal_to_torchrun_saves_on_all_ranks(tmp_path):
+    agent, ranks = two_ranks_under_way(tmp_path)
+    agent.terminate()
+    assert len(ranks) == 2 and ended(ranks, 40), (tmp_path / "output.txt").read_text()
+    agent.wait(60)
+    (last,) = (tmp_path / "out" / "checkpoints").glob("step_*")
+    assert int(last.name[5:]) % 10 == 0 and {x.name for x in last.glob("rank_*")} == {"rank_0.pt", "rank_1.pt"}
+    assert "after step" in (tmp_path / "output.txt").read_text() and not (tmp_path / "out" / "final").exists()
+
+
+def test_when_the_launcher_is_killed_its_ranks_end(tmp_path):
+    agent, ranks = two_ranks_under_way(tmp_path)
+    agent.kill()
+    agent.wait(10)
+    assert len(ranks) == 2 and ended(ranks, 30)
