@@ -205,6 +205,7 @@ def test_resume_with_other_prompts_is_refused(home, tmp_path, capsys):
     data = tmp_path / "p.jsonl"
     data.write_text((home / "prompts.jsonl").read_text())
     run(home, tmp_path / "a", data=str(data))
+    (tmp_path / "a" / "summary.json").unlink()  # as if it had been killed before its end
     data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
     with pytest.raises(SystemExit):
         run(home, tmp_path / "a", data=str(data), resume=True)
