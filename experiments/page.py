@@ -125,22 +125,32 @@ def policies(
     return table(head, rows) + (f"\n\n*Not run yet: {', '.join(missing)}.*" if missing else "")
 
 
-def at_kl(found: Found, name: str, kl: float) -> np.ndarray:
-    """Gold reward at this KL, between the points of a run's snapshots (from SFT at 0), one number a seed."""
+def at_kl(found: Found, name: str, kl: float, window: int = 5) -> np.ndarray:
+    """Gold reward where a run first comes to this KL, one number a seed: along the five-step means of its rollouts or, off
+    policy, between SFT and its snapshots."""
     out = []
     for seed in found.seeds:
         row = found.runs.get(name, {}).get(str(seed))
-        start = found.runs["sft"][str(seed)]["gold"]["mean"]
-        points = [(0.0, start)] + [(p["kl"], p["gold"]) for p in row["points"]] if row else []
-        points = sorted(points + ([(row["kl"], row["gold"]["mean"])] if row else []))
-        inside = points and points[-1][0] >= kl
-        out.append(float(np.interp(kl, *zip(*points, strict=True))) if inside else math.nan)
+        if row is None:
+            out.append(math.nan)
+            continue
+        points = [(0.0, found.runs["sft"][str(seed)]["gold"]["mean"])]
+        if "curve" in row:
+            mean = lambda key, row=row: np.convolve(
+                [step[key] for step in row["curve"]], np.ones(window) / window, "valid"
+            )
+            points += list(zip(mean("kl"), mean("gold"), strict=True))
+        else:
+            points += sorted([(p["kl"], p["gold"]) for p in row["points"]] + [(row["kl"], row["gold"]["mean"])])
+        there = next((i for i, point in enumerate(points) if point[0] >= kl), None)
+        inside = points[max(0, (there or 0) - 1) : (there or 0) + 1]
+        out.append(math.nan if there is None else float(np.interp(kl, *zip(*inside, strict=True))))
     return np.array(out)
 
 
 def equal_kl(found: Found, names, levels=(1.0, 2.0, 3.0, 4.0)) -> str:
     rows = [[NAMES.get(name, name), *(shown(at_kl(found, name, kl)) for kl in levels)] for name in names]
-    return table(["gold reward at a KL of", *(f"{kl:.0f} nats" for kl in levels)], rows)
+    return table(["gold reward at a KL of", *(f"{kl:g} nats" for kl in levels)], rows)
 
 
 def curve(found: Found, name: str, key: str = "gold") -> np.ndarray:
@@ -162,15 +172,37 @@ def steps_to(found: Found, name: str, share: float = 0.95, window: int = 10) -> 
     return np.array(out)
 
 
+def lowest(found: Found, name: str, after: int = 30, window: int = 10) -> np.ndarray:
+    """The lowest ten-step mean of gold reward after so many steps, a number a seed: a run that breaks down shows here."""
+    return np.array([np.convolve(one[after:], np.ones(window) / window, "valid").min() for one in curve(found, name)])
+
+
+def broken(found: Found, name: str, fall: float = 0.5) -> list[str]:
+    """The seeds on which a run's ten-step mean after step 30 falls so far below what it had at steps 21 to 30."""
+    before = curve(found, name)[:, 20:30].mean(1)
+    return [
+        str(seed) for seed, low, high in zip(found.seeds, lowest(found, name), before, strict=True) if low < high - fall
+    ]
+
+
 def plateau(found: Found, names) -> str:
     rows = []
     for name in (name for name in names if name in found.runs):
         steps, reading = steps_to(found, name), found.numbers(name, "summary", "seconds")
         reached = f"{(~np.isnan(steps)).sum()} of {len(steps)}"
         worst = np.nanmin(found.numbers(name, "gold", "mean"))
-        rows.append([NAMES[name], shown(steps, 0), reached, f"{worst:.2f}", shown(reading, 0, bounds=False)])
+        low = f"{lowest(found, name).min():.2f}".replace("-", "−")
+        rows.append([NAMES[name], shown(steps, 0), reached, f"{worst:.2f}", low, shown(reading, 0, bounds=False)])
     return table(
-        ["", "steps to 95 % of PPO's plateau", "seeds that reach it", "gold of the worst seed", "seconds"], rows
+        [
+            "",
+            "steps to 95 % of PPO's plateau",
+            "seeds that reach it",
+            "gold of the worst seed",
+            "lowest ten-step mean after step 30, worst seed",
+            "seconds",
+        ],
+        rows,
     )
 
 
@@ -274,8 +306,20 @@ def moved(found: Found) -> str:
     for i, point in enumerate(steps[0]):
         at = lambda *path, i=i: shown([_dig(some[i], path) for some in steps])
         own, none = (at("correlation", name, "all") for name in ("gvm", "gvm_no_tau_shown"))
-        rows.append([str(point["step"]), at("kl"), at("gold"), own, none])
-    return table(["step", "KL to SFT", "gold reward", "correlation, τ of its own", "no τ shown"], rows)
+        noise = np.array([one[i]["noise"] for one in steps], float)  # none where all texts are worth the same
+        most = shown(np.sqrt(np.maximum(1 - noise, 0)), bounds=False)
+        rows.append([str(point["step"]), at("kl"), at("gold"), own, none, most])
+    return table(
+        [
+            "step",
+            "KL to SFT",
+            "gold reward",
+            "correlation, τ of its own",
+            "no τ shown",
+            "most that the truth's noise allows",
+        ],
+        rows,
+    )
 
 
 def implicit(found: Found) -> str:
@@ -324,9 +368,9 @@ def answer_moved(found: Found) -> str:
     kl = shown([one["moved"][-1]["kl"] for one in found.probes.values()], 1, bounds=False)
     start = lambda name: shown(found.probed("teachers", "correlation", name, "all"), bounds=False)
     return (
-        f"**For a policy that mixes others or has moved, τ misleads more than it tells**: of the SFT policy's own values the GVM knows "
-        f"{start('gvm')} with τ and {start('gvm_no_tau_shown')} without (correlation), of DVPO's policy at a KL of {kl} {at(-1, 'gvm')} and "
-        f"{at(-1, 'gvm_no_tau_shown')}."
+        f"Of a mixture it is not: of the SFT policy's own values the GVM knows {start('gvm')} with τ of its texts and {start('gvm_no_tau_shown')} with none "
+        f"(correlation). And a frozen value model loses most of what it knows of a policy that moves: of DVPO's at a KL of {kl}, {at(-1, 'gvm')} "
+        f"and {at(-1, 'gvm_no_tau_shown')}."
     )  # fmt: skip
 
 
@@ -334,11 +378,17 @@ def answer_ppo(found: Found) -> str:
     kl = lambda name: shown(found.numbers(name, "kl"), 1, bounds=False)
     level = next((x for x in (4.0, 3.5, 3.0) if not np.isnan(at_kl(found, "dvpo", x)).any()), 2.0)
     gap = at_kl(found, "dvpo", level) - at_kl(found, "ppo", level)
-    steps = steps_to(found, "dvpo")
+    steps, fell = steps_to(found, "dvpo"), broken(found, "dvpo")
+    others = [NAMES[name] for name in ON[2:] if broken(found, name)]
+    trouble = (
+        f" **On seed {', '.join(fell)} it broke down on the way** (KL far above the rest, gold below SFT's, then recovered; the lowest means in the table), as "
+        f"{'did ' + ', '.join(others) if others else 'no other method did'}: at its chosen learning rate it is the less stable one."
+        if fell else ""
+    )  # fmt: skip
     return (
-        f"**Answer.** DVPO's gold reward is {against(found, 'dvpo', 'ppo', *GOLD)}, at a KL of {kl('dvpo')} against {kl('ppo')}; at an equal KL of "
-        f"{level:.1f} nats it is {word(gap)} PPO's ({shown(gap)}). It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
-        f"{len(steps)} seeds. The paper's own advantage, `q`, is {against(found, 'dvpo_q', 'ppo', *GOLD)}. What DVPO saves is the critic, the "
+        f"**Answer.** DVPO's gold reward is {against(found, 'dvpo', 'ppo', *GOLD)}, at a KL of {kl('dvpo')} against {kl('ppo')}; where "
+        f"rollouts first come to a KL of {level:.1f} nats it is {word(gap)} PPO's ({shown(gap)}). It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
+        f"{len(steps)} seeds.{trouble} The paper's own advantage, `q`, is {against(found, 'dvpo_q', 'ppo', *GOLD)}. What DVPO saves is the critic, the "
         "reward model and half of an update (README), not steps."
     )  # fmt: skip
 
@@ -377,9 +427,22 @@ def answer_over(found: Found) -> str:
             if best["gold_ci95"][0] > row["gold"]["ci95"][1] and row["proxy"]["mean"] > best["proxy"]:
                 seen.append(f"{NAMES[name]} on seed {seed}")
     total = sum(len(found.runs[name]) for name in (*ON, *OFF) if name in found.runs)
+    drawn = [found.runs["sft"][str(seed)]["best_of_n"] for seed in found.seeds]
+    best = np.mean([[(row["kl"], row["gold"]) for row in some] for some in drawn], 0)
+    kl = {name: np.mean(found.numbers(name, "kl")) for name in OFF if name in found.runs}
+    within = {
+        name: at - np.interp(x, *best.T)
+        for name, x in kl.items()
+        if x <= best[-1, 0]
+        for at in [np.mean(found.numbers(name, *GOLD))]
+    }
+    below = "; ".join(
+        f"{NAMES[name]} is {abs(gap):.2f} {'below' if gap < 0 else 'above'} it" for name, gap in within.items()
+    )
     return (
-        f"**Answer.** Within a run, gold reward that falls while the proxy rises, both beyond their noise, is seen in {len(seen)} of {total} runs"
-        f"{' (' + ', '.join(seen) + ')' if seen else ''}. Best-of-n of the SFT policy lies above every off-policy method at its own KL where the dotted line does."
+        f"**Answer.** Within a run, a final gold reward below an earlier one while the proxy is above, both beyond their noise, is seen in {len(seen)} of {total} "
+        f"runs{' (' + ', '.join(seen) + ')' if seen else ''}. Best of {2 ** (len(best) - 1)} of the SFT policy has gold reward {best[-1, 1]:.2f} at a KL of "
+        f"{best[-1, 0]:.1f} at most; of the off-policy methods no further from SFT, {below}."
     )  # fmt: skip
 
 

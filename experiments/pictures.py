@@ -2,7 +2,7 @@
 
     python experiments/pictures.py
 
-Lines and dots are means over seeds, bands and whiskers 95 % intervals over seeds (Student's t), small dots single seeds.
+Lines and dots are means over seeds, bands the range of the seeds, whiskers 95 % intervals (Student's t), small dots single seeds.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def plain(name: str) -> str:
 
 
 def band(axis, x, rows, look, label: str, every: int = 0, smooth: bool = False):
-    """The mean of rows (seeds, points) with its interval."""
+    """The mean of rows (seeds, points), and from the lowest to the highest seed."""
     colour, marker, line = look
     rows = np.array([report.smooth(row) for row in rows]) if smooth else np.asarray(rows, float)
-    mean, low, high = np.array([interval(column) for column in rows.T]).T
+    mean, low, high = np.nanmean(rows, 0), np.nanmin(rows, 0), np.nanmax(rows, 0)
     axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
     axis.plot(
         x,
@@ -71,14 +71,13 @@ def draw_curves(found: Found, names, ink: str) -> Figure:
             x = np.arange(1, rows.shape[1] + 1)
             band(axis, x, rows, look[name], plain(name), (5 + 2 * i, 18), smooth=True)
     sft = np.mean(found.numbers("sft", "gold", "mean"))
+    axes[1].set_ylim(0, 15), axes[0].set_ylim(bottom=-0.6)
     axes[0].axhline(sft, color=ink, linewidth=1.2, linestyle=(0, (1, 2)), label="SFT, held-out prompts")
     titles = [
         ("gold reward of the rollouts", "step (64 responses)"),
-        ("KL to the SFT policy, nats a response", "step (64 responses)"),
+        ("KL to the SFT policy, nats a response (the axis ends at 15)", "step (64 responses)"),
     ]
-    return finish(
-        figure, axes, titles, ink, f"moving averages; means of {seeds_of(found)} with 95 % intervals over seeds"
-    )
+    return finish(figure, axes, titles, ink, f"moving averages; means of {seeds_of(found)} and the range of the seeds")
 
 
 def points(found: Found, name: str):
@@ -146,14 +145,12 @@ def draw_values(found: Found, ink: str) -> Figure:
         rows = np.array(
             [[a, *(p["correlation"][name]["all"] for p in some)] for a, some in zip(first, steps, strict=True)], float
         )
-        kl = np.mean([[0.0, *(p["kl"] for p in some)] for some in steps], 0)
+        steps_taken = [0, *(point["step"] for point in steps[0])]
         label = "τ of its own" if name == "gvm" else SAID[key]
-        band(right, kl, rows, look[key], label)
+        band(right, steps_taken, rows, look[key], label)
     titles = [("mean squared error of token values", "token of the response"),
-              ("correlation of Q with the policy's own values", "KL of DVPO's policy to SFT, nats a response")]  # fmt: skip
-    note = (
-        f"right: truth by the gold reward of continuations; means of {seeds_of(found)} with 95 % intervals over seeds"
-    )
+              ("correlation of Q with the policy's own values", "step of DVPO")]  # fmt: skip
+    note = f"right: truth by the gold reward of continuations; means of {seeds_of(found)} and the range of the seeds"
     return finish(figure, (left, right), titles, ink, note)
 
 
@@ -220,6 +217,7 @@ def draw_gradient(found: Found, ink: str) -> Figure:
             axis.plot([low, high], [y, y], color=colour, linewidth=1.6)
     axes[0].set_yticks(range(len(names)), [page.FORMS[name] for name in names], fontsize=9), axes[0].invert_yaxis()
     axes[1].set_xscale("log")
+    axes[1].set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"]), axes[1].minorticks_off()
     titles = ("cosine with the gradient of exact Q − V", "noise over signal of a batch of 32")
     for axis, title in zip(axes, titles, strict=True):
         (
