@@ -355,7 +355,7 @@ def answer_values(found: Found) -> str:
     yard = lambda which: shown(found.numbers("gvm", "yardsticks", which, "all", "correlation"), bounds=False)
     held = lambda which: shown(found.numbers("gvm", "held_out_policies", which, "all", "correlation"), bounds=False)
     return (
-        f"**Answer.** Of the token values, yes: with the writer's τ the correlation over the first three tokens is {at('right_tau', 'first3')}, with "
+        f"**Answer.** For the token values of policies like those it was trained on, τ does it: with the writer's τ the correlation over the first three tokens is {at('right_tau', 'first3')}, with "
         f"none shown {at('no_tau', 'first3')}, with another policy's {at('other_tau', 'first3')}; over all tokens {at('right_tau', 'all')} "
         f"({yard('bayes_tau')} is Bayes-optimal). Of policies never seen it is {held('right_tau')} over all tokens, {held('no_tau')} with none shown."
     )  # fmt: skip
@@ -368,7 +368,7 @@ def answer_moved(found: Found) -> str:
     kl = shown([one["moved"][-1]["kl"] for one in found.probes.values()], 1, bounds=False)
     start = lambda name: shown(found.probed("teachers", "correlation", name, "all"), bounds=False)
     return (
-        f"Of a mixture it is not: of the SFT policy's own values the GVM knows {start('gvm')} with τ of its texts and {start('gvm_no_tau_shown')} with none "
+        f"For a mixture it misleads: of the SFT policy's own values the GVM knows {start('gvm')} with τ of its texts and {start('gvm_no_tau_shown')} with none "
         f"(correlation). And a frozen value model loses most of what it knows of a policy that moves: of DVPO's at a KL of {kl}, {at(-1, 'gvm')} "
         f"and {at(-1, 'gvm_no_tau_shown')}."
     )  # fmt: skip
@@ -381,7 +381,7 @@ def answer_ppo(found: Found) -> str:
     steps, fell = steps_to(found, "dvpo"), broken(found, "dvpo")
     others = [NAMES[name] for name in ON[2:] if broken(found, name)]
     trouble = (
-        f" **On seed {', '.join(fell)} it broke down on the way** (KL far above the rest, gold below SFT's, then recovered; the lowest means in the table), as "
+        f" **On seed {', '.join(fell)} it broke down on the way** (KL far above the rest, gold below SFT's, then recovered), as "
         f"{'did ' + ', '.join(others) if others else 'no other method did'}: at its chosen learning rate it is the less stable one."
         if fell else ""
     )  # fmt: skip
