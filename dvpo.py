@@ -921,7 +921,7 @@ def stop(message: str):
         for store in _store:
             message = store.compare_set("stopped", "", message).decode()  # what others met first is the cause
             first = store.add(f"told on {os.environ.get('GROUP_RANK')}", 1) == 1
-    time.sleep(2 * len(_store) if first else 20)  # other hosts are to read it; torchrun ends who is not first
+    time.sleep(2 * len(_store) if first else 6)  # other hosts are to read it; torchrun ends who is not first
     if first and file:
         extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))

@@ -174,12 +174,15 @@ def steps_to(found: Found, name: str, share: float = 0.95, window: int = 10) -> 
 
 def lowest(found: Found, name: str, after: int = 30, window: int = 10) -> np.ndarray:
     """The lowest ten-step mean of gold reward after so many steps, a number a seed: a run that breaks down shows here."""
-    return np.array([np.convolve(one[after:], np.ones(window) / window, "valid").min() for one in curve(found, name)])
+    rows = curve(found, name)
+    if rows.shape[1] < after + window:
+        return np.full(len(rows), math.nan)
+    return np.array([np.convolve(one[after:], np.ones(window) / window, "valid").min() for one in rows])
 
 
 def broken(found: Found, name: str, fall: float = 0.5) -> list[str]:
     """The seeds on which a run's ten-step mean after step 30 falls so far below what it had at steps 21 to 30."""
-    before = curve(found, name)[:, 20:30].mean(1)
+    before = curve(found, name)[:, :30][:, -10:].mean(1)
     return [
         str(seed) for seed, low, high in zip(found.seeds, lowest(found, name), before, strict=True) if low < high - fall
     ]
@@ -191,7 +194,7 @@ def plateau(found: Found, names) -> str:
         steps, reading = steps_to(found, name), found.numbers(name, "summary", "seconds")
         reached = f"{(~np.isnan(steps)).sum()} of {len(steps)}"
         worst = np.nanmin(found.numbers(name, "gold", "mean"))
-        low = f"{lowest(found, name).min():.2f}".replace("-", "−")
+        low = shown(lowest(found, name).min(keepdims=True))
         rows.append([NAMES[name], shown(steps, 0), reached, f"{worst:.2f}", low, shown(reading, 0, bounds=False)])
     return table(
         [

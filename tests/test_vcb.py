@@ -153,6 +153,8 @@ def test_micro_batches_do_not_matter(home, tmp_path, script):
         folder = run(script, home, tmp_path / str(k), steps=3, batch_size=10, micro_tokens=micro, learning_rate=1e-3)
         found.append([{x: row[x] for x in row if x not in ("seconds", "useful_tokens")} for row in metrics(folder)])
     for a, b in zip(*found, strict=True):
+        if a["step"] == 1:  # at the reference itself orders of log-ratios are the signs of rounding errors
+            a, b = ({k: v for k, v in x.items() if k not in ("misaligned", "accuracy")} for x in (a, b))
         assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
 
 
@@ -195,6 +197,7 @@ def test_eval_as_reward_model(home, tmp_path):
 def test_resume_with_other_data_is_refused(home, tmp_path, capsys, script):
     """The policy is no longer the reference: log-probs of other rows could not be had."""
     run(script, home, tmp_path / "o", steps=2, batch_size=4, save_every=1)
+    (tmp_path / "o" / "summary.json").unlink()  # as if it had been killed before its end
     rows = (home / "graded.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "less.jsonl").write_text("".join(rows[1:]))
     args = script.Args(
