@@ -198,13 +198,14 @@ def test_resume_with_other_data_is_refused(home, tmp_path, capsys, script):
     """The policy is no longer the reference: log-probs of other rows could not be had."""
     run(script, home, tmp_path / "o", steps=2, batch_size=4, save_every=1)
     (tmp_path / "o" / "summary.json").unlink()  # as if it had been killed before its end
-    rows = (home / "graded.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "less.jsonl").write_text("".join(rows[1:]))
-    args = script.Args(
-        policy=str(home / "policy"), data=str(tmp_path / "less.jsonl"), output_dir=str(tmp_path / "o"), resume=True
-    )
-    with pytest.raises(SystemExit):
-        script.train(args)
+    args = script.Args(**json.loads((tmp_path / "o" / "args.json").read_text()) | {"resume": True})
+    rows = (home / "graded.jsonl").read_text()
+    (home / "graded.jsonl").write_text("".join(rows.splitlines(keepends=True)[1:]))  # under the same name
+    try:
+        with pytest.raises(SystemExit):
+            script.train(args)
+    finally:
+        (home / "graded.jsonl").write_text(rows)
     assert "data or reference are not those" in capsys.readouterr().err
 
 
