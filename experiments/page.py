@@ -382,7 +382,7 @@ def answer_ppo(found: Found) -> str:
     level = next((x for x in (4.0, 3.5, 3.0) if not np.isnan(at_kl(found, "dvpo", x)).any()), 2.0)
     gap = at_kl(found, "dvpo", level) - at_kl(found, "ppo", level)
     steps, fell = steps_to(found, "dvpo"), broken(found, "dvpo")
-    others = [NAMES[name] for name in ON[2:] if broken(found, name)]
+    others = [NAMES[name] for name in ON[2:] if name in found.runs and broken(found, name)]
     trouble = (
         f" **On seed {', '.join(fell)} it broke down on the way** (KL far above the rest, gold below SFT's, then recovered), as "
         f"{'did ' + ', '.join(others) if others else 'no other method did'}: at its chosen learning rate it is the less stable one."
@@ -408,9 +408,9 @@ def answer_gradient(found: Found) -> str:
 
 
 def answer_off(found: Found) -> str:
-    others = {name: found.numbers(name, *GOLD) for name in OFF[1:]}
+    others = {name: found.numbers(name, *GOLD) for name in OFF[1:] if name in found.runs}
     best = max(others, key=lambda name: np.nanmean(others[name]))
-    rates = {name: np.nanmean(found.numbers(name, "misaligned")) for name in OFF}
+    rates = {name: np.nanmean(found.numbers(name, "misaligned")) for name in OFF if name in found.runs}
     least = min(rates, key=rates.get)
     level = [found.numbers("vcb", "kl").mean(), found.numbers(best, "kl").mean()]
     return (
@@ -468,7 +468,7 @@ def answer_teachers(found: Found) -> str:
 
 
 def answer_baselines(found: Found) -> str:
-    names = [name for name in ON if name not in ("dvpo", "dvpo_q", "ppo")]
+    names = [name for name in ON[3:] if name in found.runs]
     rest = "; ".join(f"{NAMES[name]} is {against(found, name, 'ppo', *GOLD)}" for name in names)
     return f"**Answer.** At equal rollouts {rest}."
 
