@@ -58,6 +58,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -837,7 +838,7 @@ def train(args: Args) -> Path:
                 toy.gold(a.prompt[-1]["content"], t) for a, t in zip(answers, texts, strict=True)
             ) / len(texts)
         if rank == 0 and step % 10 == 0:
-            with open(run.folder / "samples.jsonl", "a") as file:
+            with writing(run.folder / "samples.jsonl"), open(run.folder / "samples.jsonl", "a") as file:
                 for answer, text in list(zip(answers, texts, strict=True))[:4]:
                     file.write(json.dumps({"step": step + 1, "prompt": answer.prompt, "response": text}) + "\n")
         run.log(metrics)
@@ -867,9 +868,9 @@ BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean s
 
 
 # Copied from sft.parse_args
-def parse_args(args_class, presets, paper, argv=None, doc=""):
+def parse_args(args_class, presets, paper, argv=None, doc="", **bounds):
     """`[PRESET] [--flag value ...]`. A flag that is not given has the toy world's value for a model of toy.py's, and
-    `paper`'s, or the preset's, for any other."""
+    `paper`'s, or the preset's, for any other. `bounds`: those of flags that mean something else here than in BOUNDS."""
     import tyro
 
     import toy
@@ -897,7 +898,7 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
         args = read(default=args_class(**paper))
     args.settings = f"preset {preset}'s" if preset else "the toy world's" if toy.is_model(start) else "the paper's"
     for field in dataclasses.fields(args):
-        low, high = BOUNDS.get(field.name, (0, math.inf))
+        low, high = (BOUNDS | bounds).get(field.name, (0, math.inf))
         value = getattr(args, field.name)
         for x in value if isinstance(value, tuple) else [value]:
             low = min(low, field.default) if isinstance(field.default, (int, float)) else low
@@ -1000,12 +1001,14 @@ _begun = []  # the run that will see to them
 def catch_signals():
     """SIGINT and SIGTERM: the first lets a run that has begun finish its step and save; the second ends it at once."""
 
+    owner = os.getpid()
+
     def caught(number, frame):
+        if os.getpid() != owner:  # a worker that reads data, ended by the pool that it belongs to
+            os._exit(128 + number)
         if _signals or not _begun:
             print(
-                f"\nended by {signal.Signals(number).name}" + ("" if _signals else ": no step was begun"),
-                file=sys.stderr,
-                flush=True,
+                f"\nended by {signal.Signals(number).name}: what was saved before is whole", file=sys.stderr, flush=True
             )
             os._exit(128 + number)
         _signals.append(number)
@@ -1582,15 +1585,15 @@ class Policy(torch.nn.Module):
 class AdamW(torch.optim.AdamW):
     """Leaves weights and state as they are, on all ranks alike, where a gradient is not finite, and counts how often."""
 
-    skipped = 0
+    norm, skipped = None, 0
 
     @torch.no_grad()
     def step(self, closure=None):
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not hasattr(self, "norm") and grads:  # DeepSpeed has clipped parts of gradients, each rank its own
-            bad = 1 - torch.stack([grad.isfinite().all() for grad in grads]).all().float()
-        else:
-            bad = 1 - self.norm.isfinite().float() if grads else torch.zeros(())
+        norm = self.norm
+        if norm is None:  # under DeepSpeed each rank has gradients of its own
+            every = [p for group in self.param_groups for p in group["params"]]
+            norm = torch.stack([(p.grad if p.grad is not None else p[:0]).sum() for p in every]).sum()
+        bad = 1 - norm.isfinite().float()
         if dist.is_initialized():
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         self.skipped = self.skipped + bad
@@ -1682,7 +1685,7 @@ class Engine:
 def replace(path: Path, part: Path, text: str | None = None):
     """`part`, a file or folder, takes the place of `path` once all of it is on the disk."""
     if text is not None:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
     for file in [part] if part.is_file() else [x for x in part.rglob("*") if x.is_file()]:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
@@ -1697,7 +1700,7 @@ def writing(path: Path):
     """What cannot be written is one line; what was whole before stays."""
     try:
         yield
-    except Exception as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError
         stop(
             f"{path} cannot be written: {str(error).splitlines()[0]}. Make room or name another --output_dir; what was saved before is whole"
         )
@@ -1735,8 +1738,10 @@ def claim(args, ends=("summary.json", "final")) -> bool:
         if found:
             _lock.append(locked(folder / "lock"))
         if again:
-            known = folder / "args.json"
-            before = json.loads(known.read_text()) if known.is_file() else {}
+            try:
+                before = json.loads((folder / "args.json").read_text())
+            except (OSError, ValueError):
+                before = {}
             if set(before) != set(settings):
                 stop(f"--resume: {folder} holds no run of this script and version: name another --output_dir")
             changed = [name for name in settings if name not in FREE and before[name] != settings[name]]

@@ -49,6 +49,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -494,9 +495,8 @@ def read_parts(folder: Path, batches: list[list[int]]) -> dict[int, dict]:
 
 def write_rows(path: Path, rows: list[dict]):
     """Written under another name and renamed when whole."""
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    part.rename(path)
+    with writing(path):
+        replace(path, path.with_suffix(".part"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def open_samples(args, rank: int, world: int) -> Path:
@@ -560,7 +560,7 @@ def train(args: Args) -> Path:
     mine = [batch for batch in batches[rank::world] if batch[0] not in rows]
     bar = tqdm(total=len(questions), initial=len(rows), desc="sample", disable=rank > 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stderr.isatty() else 30)  # fmt: skip
-    tokens, writing = 0, time.time()
+    tokens, begun = 0, time.time()
     with open(part, "w" if rank else "a", encoding="utf-8") as file:
         for batch in mine:
             asked = [questions[i] for i in batch for _ in range(per_prompt)]
@@ -577,13 +577,14 @@ def train(args: Args) -> Path:
                 {"index": i} | graded_row(questions[i][0], drawn[k * per_prompt : (k + 1) * per_prompt], args)
                 for k, i in enumerate(batch)
             ]
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            file.flush()
+            with writing(part):
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                file.flush()
             tokens += sum(map(len, responses))
             bar.update(len(batch) * world)
-            bar.set_postfix(tokens_per_second=f"{world * tokens / (time.time() - writing):.0f}", refresh=False)
+            bar.set_postfix(tokens_per_second=f"{world * tokens / (time.time() - begun):.0f}", refresh=False)
     bar.close()
-    seconds, tokens = time.time() - writing, int(all_sum(torch.tensor(tokens, device=device)))
+    seconds, tokens = time.time() - begun, int(all_sum(torch.tensor(tokens, device=device)))
     gather_lists([], world)
     graded = folder / "graded.jsonl"
     if rank == 0:
@@ -595,7 +596,8 @@ def train(args: Args) -> Path:
         summary = {"prompts": len(rows), "responses": len(scores), "score": sum(scores) / len(scores),
                    "tokens_per_second": round(tokens / max(seconds, 1e-9)) if tokens else None,
                    "seconds": round(time.time() - started, 1)}  # fmt: skip
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        with writing(folder / "summary.json"):
+            replace(folder / "summary.json", folder / "summary.json.part", json.dumps(summary, indent=2) + "\n")
         print(
             f"{graded}: "
             + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
@@ -624,9 +626,9 @@ BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean s
 
 
 # Copied from sft.parse_args
-def parse_args(args_class, presets, paper, argv=None, doc=""):
+def parse_args(args_class, presets, paper, argv=None, doc="", **bounds):
     """`[PRESET] [--flag value ...]`. A flag that is not given has the toy world's value for a model of toy.py's, and
-    `paper`'s, or the preset's, for any other."""
+    `paper`'s, or the preset's, for any other. `bounds`: those of flags that mean something else here than in BOUNDS."""
     import tyro
 
     import toy
@@ -654,7 +656,7 @@ def parse_args(args_class, presets, paper, argv=None, doc=""):
         args = read(default=args_class(**paper))
     args.settings = f"preset {preset}'s" if preset else "the toy world's" if toy.is_model(start) else "the paper's"
     for field in dataclasses.fields(args):
-        low, high = BOUNDS.get(field.name, (0, math.inf))
+        low, high = (BOUNDS | bounds).get(field.name, (0, math.inf))
         value = getattr(args, field.name)
         for x in value if isinstance(value, tuple) else [value]:
             low = min(low, field.default) if isinstance(field.default, (int, float)) else low
@@ -757,12 +759,14 @@ _begun = []  # the run that will see to them
 def catch_signals():
     """SIGINT and SIGTERM: the first lets a run that has begun finish its step and save; the second ends it at once."""
 
+    owner = os.getpid()
+
     def caught(number, frame):
+        if os.getpid() != owner:  # a worker that reads data, ended by the pool that it belongs to
+            os._exit(128 + number)
         if _signals or not _begun:
             print(
-                f"\nended by {signal.Signals(number).name}" + ("" if _signals else ": no step was begun"),
-                file=sys.stderr,
-                flush=True,
+                f"\nended by {signal.Signals(number).name}: what was saved before is whole", file=sys.stderr, flush=True
             )
             os._exit(128 + number)
         _signals.append(number)
@@ -1282,7 +1286,7 @@ class Policy(torch.nn.Module):
 def replace(path: Path, part: Path, text: str | None = None):
     """`part`, a file or folder, takes the place of `path` once all of it is on the disk."""
     if text is not None:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
     for file in [part] if part.is_file() else [x for x in part.rglob("*") if x.is_file()]:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
@@ -1297,7 +1301,7 @@ def writing(path: Path):
     """What cannot be written is one line; what was whole before stays."""
     try:
         yield
-    except Exception as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError
         stop(
             f"{path} cannot be written: {str(error).splitlines()[0]}. Make room or name another --output_dir; what was saved before is whole"
         )
@@ -1335,8 +1339,10 @@ def claim(args, ends=("summary.json", "final")) -> bool:
         if found:
             _lock.append(locked(folder / "lock"))
         if again:
-            known = folder / "args.json"
-            before = json.loads(known.read_text()) if known.is_file() else {}
+            try:
+                before = json.loads((folder / "args.json").read_text())
+            except (OSError, ValueError):
+                before = {}
             if set(before) != set(settings):
                 stop(f"--resume: {folder} holds no run of this script and version: name another --output_dir")
             changed = [name for name in settings if name not in FREE and before[name] != settings[name]]

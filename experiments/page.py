@@ -383,11 +383,15 @@ def answer_ppo(found: Found) -> str:
     gap = at_kl(found, "dvpo", level) - at_kl(found, "ppo", level)
     steps, fell = steps_to(found, "dvpo"), broken(found, "dvpo")
     others = [NAMES[name] for name in ON[2:] if name in found.runs and broken(found, name)]
-    trouble = (
-        f" **On seed {', '.join(fell)} it broke down on the way** (KL far above the rest, gold below SFT's, then recovered), as "
-        f"{'did ' + ', '.join(others) if others else 'no other method did'}: at its chosen learning rate it is the less stable one."
-        if fell else ""
-    )  # fmt: skip
+    trouble = ""
+    if fell:
+        at = [found.seeds.index(int(seed)) for seed in fell]
+        low, end = lowest(found, "dvpo")[at].min(), found.numbers("dvpo", *GOLD)[at]
+        peak = max(np.convolve(one, np.ones(10) / 10, "valid").max() for one in curve(found, "dvpo", "kl")[at])
+        trouble = (
+            f" **On seed {', '.join(fell)} it broke down on the way**: a ten-step mean of gold as low as {low:.2f}, of KL as high as {peak:.0f}, and "
+            f"{', '.join(f'{x:.2f}' for x in end)} in the end; {'so did ' + ', '.join(others) if others else 'no other method did'}."
+        ).replace("-", "−").replace("ten−step", "ten-step")  # fmt: skip
     return (
         f"**Answer.** DVPO's gold reward is {against(found, 'dvpo', 'ppo', *GOLD)}, at a KL of {kl('dvpo')} against {kl('ppo')}; where "
         f"rollouts first come to a KL of {level:.1f} nats it is {word(gap)} PPO's ({shown(gap)}). It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "

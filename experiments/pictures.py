@@ -238,7 +238,7 @@ def pictures(found: Found) -> dict:
         made["frontier"] = (draw_frontier, found, [name for name in there((*ON, *OFF)) if points(found, name)])
     for name, groups in GROUPS.items():
         groups = groups | ({"γ": gammas(found)} if "γ" in groups else {})
-        groups = {title: some for title, names in groups.items() if (some := there(names))}
+        groups = {title: some for title, names in groups.items() if len(some := there(names)) > 1}
         if groups:
             made[name] = (draw_dots, found, groups)
     if found.probes:

@@ -216,7 +216,7 @@ def main():
         kills(home, folder, args.kills)
         rows(folder, args.rows)
         long_run(home, folder, args.steps)
-    if len(LINES) > 12:
+    if vars(args) == vars(parser.parse_args([])):  # the whole of it, which docs/faults.md shows
         (Path(__file__).resolve().parent.parent / "bench" / "results" / "chaos.txt").write_text("\n".join(LINES) + "\n")
     print("all is well" if not BAD else f"{BAD} tests failed")
     raise SystemExit(bool(BAD))
