@@ -766,7 +766,6 @@ def zero3_rank(rank: int, folder: str):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_zero3(tmp_path):
     """Two ranks under DeepSpeed ZeRO-3 take the steps that one process takes on both their batches."""
     pytest.importorskip("deepspeed")
