@@ -21,7 +21,6 @@ def call(*flags):
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_method_is_measured_in_processes_of_its_own(tmp_path):
     sizes = {"rollout_batch_size": 4, "batch_size": 2, "micro_tokens": 64, "prompt_tokens": 8, "response_tokens": 6}
     flags = [part for name, value in sizes.items() for part in (f"--{name}", value)]
