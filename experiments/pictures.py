@@ -173,7 +173,7 @@ def draw_dots(found: Found, groups: dict, ink: str) -> Figure:
             if low == low:
                 axis.plot([low, high], [y, y], color=look[name][0], linewidth=1.6)
             axis.plot(mean, y, look[name][1], color=look[name][0], markersize=6.5)
-    axes[0].set_yticks(range(len(rows)), labels, fontsize=9), axes[0].invert_yaxis()
+    axes[0].set_yticks(range(len(rows)), labels, fontsize=9), axes[0].set_ylim(len(rows) - 0.5, -0.5)
     for tick, name in zip(axes[0].get_yticklabels(), rows, strict=True):
         tick.set_fontweight("normal" if name else "bold")
     below = f"mean, 95 % interval and single seeds ({seeds_of(found)})"
@@ -215,7 +215,10 @@ def draw_gradient(found: Found, ink: str) -> Figure:
                 axis.plot(mean, y, "o", color=colour),
             )
             axis.plot([low, high], [y, y], color=colour, linewidth=1.6)
-    axes[0].set_yticks(range(len(names)), [page.FORMS[name] for name in names], fontsize=9), axes[0].invert_yaxis()
+    (
+        axes[0].set_yticks(range(len(names)), [page.FORMS[name] for name in names], fontsize=9),
+        axes[0].set_ylim(len(names) - 0.5, -0.5),
+    )
     axes[1].set_xscale("log")
     axes[1].set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"]), axes[1].minorticks_off()
     titles = ("cosine with the gradient of exact Q − V", "noise over signal of a batch of 32")
