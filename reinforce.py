@@ -1693,7 +1693,7 @@ def locked(path: Path):
     except OSError:
         pass  # a file system that has no locks
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n")
     file.flush()
     return file
 
