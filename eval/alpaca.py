@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sft
+from eval import program
 from eval import samples as eval_samples
 
 
@@ -73,6 +74,7 @@ def command(args: Args) -> list[str]:
     ]  # fmt: skip  (else a policy of a known name is not judged again)
 
 
+@program
 def main(argv=None):
     args = eval_samples.read_flags(Args, argv, __doc__)
     rows = outputs(eval_samples.samples(args.samples, args, args.policy), args.name)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 import sft
+from eval import program
 
 
 @dataclass
@@ -201,6 +202,7 @@ def load_prompts(args, tokenizer):
     return [list(x) for x in zip(*found, strict=True)]
 
 
+@program
 def main(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__, use_underscores=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

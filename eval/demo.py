@@ -26,7 +26,7 @@ import dvpo
 import gvm
 import sample
 import toy
-from eval import calibration, diversity
+from eval import calibration, diversity, program
 
 SAMPLES = 8  # responses per held-out prompt
 POINTS = 4  # responses per held-out prompt where there are snapshots: a point of the frontier
@@ -168,6 +168,7 @@ def folder_of(argv, doc: str) -> Path:
     return parser.parse_args(argv).folder
 
 
+@program
 def main(argv=None):
     folder = folder_of(argv, __doc__)
     if not (folder / "sft" / "final" / "config.json").is_file():

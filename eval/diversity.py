@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sft
+from eval import program
 from eval import samples as eval_samples
 
 
@@ -108,6 +109,7 @@ def run(args: Args) -> dict:
     return results
 
 
+@program
 def main(argv=None):
     return run(eval_samples.read_flags(Args, argv, __doc__))
 

@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sft
-from eval import samples, winrate
+from eval import program, samples, winrate
 from eval.report import CSS, Raw, esc
 
 CHOICES = (("left", "Left is better"), ("tie", "Equally good"), ("right", "Right is better"))
@@ -248,6 +248,7 @@ def run_tally(args: Tally) -> dict:
     return results
 
 
+@program
 def main(argv=None):
     args = samples.read_flags(Sheet | Tally, argv, __doc__)
     return write_sheet(args) if isinstance(args, Sheet) else run_tally(args)

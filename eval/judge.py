@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sft
-from eval import samples
+from eval import program, samples
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # of MT-Bench; its others are greedy
 WITH_REFERENCE = ("math", "reasoning", "coding")  # MT-Bench's categories with one right answer
@@ -816,14 +816,11 @@ def arena(args: Arena) -> dict:
     return results
 
 
+@program
 def main(argv=None):
     commands = {Answers: answers, Score: score, MtBench: mt_bench, Arena: arena}
     args = samples.read_flags(Answers | Score | MtBench | Arena, argv, __doc__)
-    try:
-        return commands[type(args)](args)
-    except KeyboardInterrupt:
-        print("\nended by SIGINT: replies so far are in the cache, run it again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
+    return commands[type(args)](args)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from matplotlib.patches import FancyBboxPatch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gvm
 import toy
-from eval import calibration, demo
+from eval import calibration, demo, program
 
 SAMPLES = 6  # held-out prompts whose responses are shown
 INK = "#010203"  # stands for the page's text colour in a picture: `svg` turns it into currentColor
@@ -725,6 +725,7 @@ def report(folder: Path) -> Path:
     return folder / "report.html"
 
 
+@program
 def main(argv=None):
     folder = demo.folder_of(argv, __doc__)
     if not (folder / "results.json").is_file():

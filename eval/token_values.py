@@ -23,7 +23,7 @@ from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gvm
-from eval import report, samples
+from eval import program, report, samples
 from eval.report import Raw, esc, num
 
 WIDTH = 11.0  # inches of the PNG
@@ -222,6 +222,7 @@ def cases(args: Args) -> list[dict]:
     ]  # fmt: skip
 
 
+@program
 def main(argv=None):
     args = samples.read_flags(Args, argv, __doc__)
     shown, folder = cases(args), Path(args.output_dir)

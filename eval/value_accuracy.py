@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dvpo
 import gvm
 import toy
-from eval import demo, samples, winrate
+from eval import demo, program, samples, winrate
 
 STATISTICS = ("mean", "P1", "P5", "P10", "P90", "P95", "P99")
 
@@ -232,6 +232,7 @@ def run(args: Args) -> dict:
     return results
 
 
+@program
 def main(argv=None):
     return run(samples.read_flags(Args, argv, __doc__))
 

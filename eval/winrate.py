@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 import sft
-from eval import calibration, judge, samples
+from eval import calibration, judge, program, samples
 
 
 @dataclass(kw_only=True)
@@ -154,6 +154,7 @@ def run(args: Args) -> dict:
     return results
 
 
+@program
 def main(argv=None):
     return run(samples.read_flags(Args, argv, __doc__))
 

@@ -10,6 +10,7 @@ dvpo.py, whose memory and open files must not grow.
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -179,6 +180,61 @@ def rows(folder: Path, count: int):
     said("odd rows without a traceback", good, tried, more=f" ({read} files of them were read)")
 
 
+def programs(home: Path, folder: Path, count: int):
+    """Files of few odd rows among sound ones as what each eval program reads: one line and exit code 2, or a result."""
+    gvm, out, odd = home / "gvm" / "final", str(folder / "out"), folder / "odd.jsonl"
+    sound = folder / "sound.jsonl"
+    lengths = ["--max_prompt_tokens", "64", "--max_response_tokens", "24"]
+    called = {
+        "winrate": [["--a", odd, "--b", sound, "--output", out]],
+        "human": [["sheet", "--a", sound, "--b", odd, "--n", "4", "--output", f"{out}.html"],
+                  ["tally", "--key", odd, "--answers", sound, odd]],
+        "diversity": [["--samples", odd, sound, "--n", "2"], ["--samples", odd, "--n", "2", "--tokenizer", home / "base"]],
+        "value_accuracy": [["--gvm", gvm, "--data", odd, *lengths], ["--gvm", gvm, "--data", odd, "--skip_bad_rows", *lengths]],
+        "token_values": [["--gvm", gvm, "--data", odd, "--skip_bad_rows", "--output_dir", folder / "values", *lengths]],
+        "calibration": [["--policy", home / "brief", "--reference", home / "brief", "--reward_model", home / "rm" / "final",
+                         "--data", odd, "--split", "train", "--n", "2", *lengths]],
+        "judge": [["answers", "--questions", odd, "--base_url", "http://127.0.0.1:9", "--output", f"{out}.jsonl", "--retries", "0"],
+                  ["score", "--samples", odd, "--base_url", "http://127.0.0.1:9", "--cache", f"{out}.cache",
+                   "--retries", "0"]],
+        "alpaca": [["--samples", odd, "--name", "a", "--output_dir", folder / "alpaca"]],
+    }  # fmt: skip
+    rng, good, tried, ended_well = random.Random(1), 0, 0, 0
+    modules = {name: importlib.import_module(f"eval.{name}") for name in called}
+    asked = toy.prompts("rl")[:20]
+    plain = lambda i: {
+        "prompt": asked[i],
+        "responses": [{"text": "the soup is good .", "score": rng.random(), "policy": "a"}] * 2,
+    }
+    sound.write_text("".join(json.dumps(plain(i)) + "\n" for i in range(20)))
+    while tried < count:
+        some = [plain(i) for i in range(6)] + [odd_row(rng) for _ in range(rng.randint(0, 3))]
+        rng.shuffle(some)
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        if rng.random() < 0.1:  # a file that is broken as a whole
+            text = rng.choice(
+                ["", "\n", "{", "[]", "null", "3", "[" * 5000, text[: len(text) // 2], text.replace("\n", "")]
+            )
+        odd.write_text(text, errors="surrogatepass")
+        for name, calls in called.items():
+            words = [str(x) for x in rng.choice(calls)]
+            tried += len(some)
+            try:
+                with contextlib.redirect_stderr(io.StringIO()) as said_to, contextlib.redirect_stdout(io.StringIO()):
+                    modules[name].main(words)
+                ended_well += 1
+            except SystemExit as ended:
+                if ended.code != 2 or "Traceback" in said_to.getvalue():
+                    print(f"     {name}: exit code {ended.code}: {said_to.getvalue()[-200:]}", flush=True)
+                    continue
+            except BaseException as error:
+                print(f"     {name} {words[0]}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+                shutil.copy(odd, folder.parent / f"chaos-{name}-{type(error).__name__}.jsonl")
+                continue
+            good += len(some)
+    said("odd rows in eval programs without a traceback", good, tried, more=f" ({ended_well} calls came to a result)")
+
+
 def long_run(home: Path, folder: Path, steps: int):
     """Memory and open files of dvpo.py after a tenth of its steps and at its end."""
     seen, module = [], tiny.SCRIPTS["dvpo"]
@@ -215,6 +271,7 @@ def main():
         home = home(make)
         kills(home, folder, args.kills)
         rows(folder, args.rows)
+        programs(home, folder, args.rows)
         long_run(home, folder, args.steps)
     if vars(args) == vars(parser.parse_args([])):  # the whole of it, which docs/faults.md shows
         (Path(__file__).resolve().parent.parent / "bench" / "results" / "chaos.txt").write_text("\n".join(LINES) + "\n")
