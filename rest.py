@@ -880,6 +880,9 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
             model = load(config=config, **options)
     except (OSError, ValueError, ImportError) as error:
         stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    another = kind == "causal" and name not in ("toy", tokenizer.name_or_path)
+    if another and load_tokenizer(name, args, chat=False).get_vocab() != tokenizer.get_vocab():
+        stop(f"{name} and {tokenizer.name_or_path} have different tokenizers: name a model of the same family")
     strange = next((n for n, p in model.named_parameters() if not getattr(p, "ds_tensor", p).isfinite().all()), None)
     if strange:
         stop(f"{name} has weights that are not finite, such as {strange}: name a model that was trained to its end")

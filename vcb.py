@@ -256,9 +256,18 @@ def whole_or_parts(module, args):
     return module
 
 
-def add_reference(groups, engine, run, tokenizer, args, rank: int, world: int, device):
-    """Gives every group the reference's log-probs: of the policy before its first step, or of --reference, which is
-    loaded for this alone. Kept in the run folder for --resume, when the policy is no longer the reference."""
+def load_reference(tokenizer, args, device):
+    """--reference, if it is another model than the policy and its log-probs are not kept in the run folder; or None."""
+    kept = args.resume and Path(args.output_dir, "ref_logp.json").is_file()
+    if kept or args.reference in ("", args.policy):
+        return None
+    reference = load_model("causal", args.reference, tokenizer, args, frozen=True)
+    return whole_or_parts(Policy(reference).to(device), args)
+
+
+def add_reference(groups, policy, run, tokenizer, args, rank: int, world: int, device):
+    """Gives every group the log-probs of the reference, `policy`. Kept in the run folder for --resume, when the policy that
+    is trained is no longer the reference."""
     path = run.folder / "ref_logp.json"
     rows = [row for group in groups for row in group.rows]
     data = hashlib.sha256(repr([args.reference or args.policy, rows]).encode()).hexdigest()
@@ -269,11 +278,6 @@ def add_reference(groups, engine, run, tokenizer, args, rank: int, world: int, d
                  "another --output_dir")  # fmt: skip
         logps = saved["logps"]
     else:
-        engine.module.eval()
-        policy = engine
-        if args.reference and args.reference != args.policy:
-            reference = load_model("causal", args.reference, tokenizer, args, frozen=True)
-            policy = whole_or_parts(Policy(reference).to(device), args)
         logps = sequence_logps(policy, rows, tokenizer.pad_token_id, args, rank, world, device)
         if rank == 0:
             path.with_suffix(".part").write_text(json.dumps({"data": data, "logps": logps}))
@@ -328,8 +332,11 @@ def train(args: Args) -> Path:
     engine = Engine(policy, args, world)
     policy.check(engine)
     check_packing(engine, args)
+    reference = load_reference(tokenizer, args, device)
     run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "misaligned"))
-    add_reference(groups, engine, run, tokenizer, args, rank, world, device)
+    policy.eval()
+    add_reference(groups, reference or engine, run, tokenizer, args, rank, world, device)
+    del reference
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
@@ -1012,6 +1019,9 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
             model = load(config=config, **options)
     except (OSError, ValueError, ImportError) as error:
         stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
+    another = kind == "causal" and name not in ("toy", tokenizer.name_or_path)
+    if another and load_tokenizer(name, args, chat=False).get_vocab() != tokenizer.get_vocab():
+        stop(f"{name} and {tokenizer.name_or_path} have different tokenizers: name a model of the same family")
     strange = next((n for n, p in model.named_parameters() if not getattr(p, "ds_tensor", p).isfinite().all()), None)
     if strange:
         stop(f"{name} has weights that are not finite, such as {strange}: name a model that was trained to its end")

@@ -250,6 +250,18 @@ def test_models_that_are_not_what_is_wanted(home, tmp_path, capfd):
     assert "embeddings for 50 tokens" in refused(capfd, home, "sft", tmp_path / "out", model=tmp_path / "few")
 
 
+@pytest.mark.parametrize("script", ["dvpo", "ppo", "reinforce", "vcb", "dpo"])
+def test_a_reference_with_another_tokenizer_is_refused(home, tmp_path, capfd, script):
+    shutil.copytree(home / "brief", tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    found = json.loads(path.read_text())
+    names = found["model"]["vocab"]
+    names["soup"], names["good"] = names["good"], names["soup"]
+    path.write_text(json.dumps(found))
+    error = refused(capfd, home, script, tmp_path / "out", reference=str(tmp_path / "other"))
+    assert "different tokenizers" in error and not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------------ signals, ranks
 def begun(folder, *words):
     """A run of sft.py as its own process, once it has taken some steps."""
