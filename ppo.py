@@ -1091,8 +1091,12 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
         several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
-        table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
-                        num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+        try:
+            table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
+                            num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+        except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
+            why = error.__context__ or error
+            stop(f"{source}: its rows cannot be cached ({why}): make room, or set HF_DATASETS_CACHE to where some is")
         table = table if len(raw) else datasets.Dataset.from_dict({x: [] for x in features}, features)
         bad = [reason for reason in table["bad"] if reason]
         if bad and (source == "toy" or is_file(source)) and not getattr(args, "skip_bad_rows", False):

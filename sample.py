@@ -561,28 +561,26 @@ def train(args: Args) -> Path:
     bar = tqdm(total=len(questions), initial=len(rows), desc="sample", disable=rank > 0, dynamic_ncols=True,
                mininterval=0.2 if sys.stderr.isatty() else 30)  # fmt: skip
     tokens, begun = 0, time.time()
-    with open(part, "w" if rank else "a", encoding="utf-8") as file:
-        for batch in mine:
-            asked = [questions[i] for i in batch for _ in range(per_prompt)]
-            keys = [key_of(questions[i][2], j) for i in batch for j in range(per_prompt)]
-            found = write([ids for _, ids, _ in asked], [None] * len(keys) if args.greedy else keys)
-            responses = [response for response, _ in found]
-            texts = [tokenizer.decode([t for t in r if t not in write.ends]) for r in responses]
-            complete = [bool(r) and r[-1] in write.ends for r in responses]
-            scores = reward([prompt for prompt, *_ in asked], texts, complete)
-            if not all(map(math.isfinite, scores)):
-                stop(f"the reward model {args.reward_model} gave a score that is not finite")
-            drawn = list(zip(texts, complete, scores, strict=True))
-            lines = [
-                {"index": i} | graded_row(questions[i][0], drawn[k * per_prompt : (k + 1) * per_prompt], args)
-                for k, i in enumerate(batch)
-            ]
-            with writing(part):
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-                file.flush()
-            tokens += sum(map(len, responses))
-            bar.update(len(batch) * world)
-            bar.set_postfix(tokens_per_second=f"{world * tokens / (time.time() - begun):.0f}", refresh=False)
+    for batch in mine:
+        asked = [questions[i] for i in batch for _ in range(per_prompt)]
+        keys = [key_of(questions[i][2], j) for i in batch for j in range(per_prompt)]
+        found = write([ids for _, ids, _ in asked], [None] * len(keys) if args.greedy else keys)
+        responses = [response for response, _ in found]
+        texts = [tokenizer.decode([t for t in r if t not in write.ends]) for r in responses]
+        complete = [bool(r) and r[-1] in write.ends for r in responses]
+        scores = reward([prompt for prompt, *_ in asked], texts, complete)
+        if not all(map(math.isfinite, scores)):
+            stop(f"the reward model {args.reward_model} gave a score that is not finite")
+        drawn = list(zip(texts, complete, scores, strict=True))
+        lines = [
+            {"index": i} | graded_row(questions[i][0], drawn[k * per_prompt : (k + 1) * per_prompt], args)
+            for k, i in enumerate(batch)
+        ]
+        with writing(part), open(part, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        tokens += sum(map(len, responses))
+        bar.update(len(batch) * world)
+        bar.set_postfix(tokens_per_second=f"{world * tokens / (time.time() - begun):.0f}", refresh=False)
     bar.close()
     seconds, tokens = time.time() - begun, int(all_sum(torch.tensor(tokens, device=device)))
     gather_lists([], world)
@@ -876,8 +874,12 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
         several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
-        table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
-                        num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+        try:
+            table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
+                            num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+        except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
+            why = error.__context__ or error
+            stop(f"{source}: its rows cannot be cached ({why}): make room, or set HF_DATASETS_CACHE to where some is")
         table = table if len(raw) else datasets.Dataset.from_dict({x: [] for x in features}, features)
         bad = [reason for reason in table["bad"] if reason]
         if bad and (source == "toy" or is_file(source)) and not getattr(args, "skip_bad_rows", False):

@@ -15,12 +15,16 @@ import io
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -52,24 +56,25 @@ def said(name: str, good: int, of: int, *, more: str = ""):
     print(LINES[-1], flush=True)
 
 
-def forked(work) -> int:
-    """Exit status of `work()` in a process of its own; minus the signal that killed it."""
+def forked(work, told: str | Path = os.devnull) -> int:
+    """Exit status of `work()` in a process of its own, which prints to `told`; minus the signal that killed it."""
     pid = os.fork()
     if not pid:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1), os.dup2(null, 2)
+        output = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1), os.dup2(output, 2)
         try:
             work()
             os._exit(0)
         except SystemExit as ended:
             os._exit(ended.code or 0)
         except BaseException:
+            traceback.print_exc()
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def counted(folder: Path, at: int) -> list:
-    """An audit hook that kills this process at its call number `at` on a path under the folder. -> the calls so far."""
+def counted(folder: Path, at: int, number: int = signal.SIGKILL) -> list:
+    """An audit hook that sends this process a signal at its call number `at` on a path under the folder. -> the calls so far."""
     calls, counts = 0, []
 
     def hook(event, found):
@@ -80,7 +85,7 @@ def counted(folder: Path, at: int) -> list:
             return
         calls += 1
         if calls == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         counts.append(calls)
 
     sys.addaudithook(hook)
@@ -145,6 +150,65 @@ def kills(home: Path, folder: Path, most: int):
         good, tried = good + fine, tried + len(wanted)
         said(f"kills survived, {script}", fine, len(wanted), more=f" (of {calls} calls)")
     said("kills survived, all", good, tried)
+
+
+def signals_and_full_disks(home: Path, folder: Path, most: int):
+    """SIGTERM and SIGINT at a file-system call; files that may not grow beyond a size, as on a disk that is full. What is
+    resumed afterwards is the run that nothing happened to; no traceback."""
+    good, tried = {"signals": 0, "full disks": 0}, {"signals": 0, "full disks": 0}
+    for script in (*tiny.SCRIPTS, "sample"):
+        straight = folder / f"{script}-straight"
+        expected, rng = written(straight), random.Random(script)
+        largest = max(path.stat().st_size for path in straight.rglob("*") if path.is_file())
+        trials = [("signals", (signal.SIGTERM, signal.SIGINT)[i % 2], rng.randint(1, 12)) for i in range(most)]
+        trials += [("full disks", None, int(largest * rng.random())) for _ in range(most)]
+        for i, (kind, number, at) in enumerate(trials):
+            out, told = folder / f"{script}-{kind}-{i}", folder / "told"
+
+            def work(s=script, o=out, number=number, at=at):
+                if number:
+                    counted(o, at, number)
+                else:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
+                started(s, home, o, False)
+
+            status = forked(work, told)
+            said_then = told.read_text(errors="replace")
+            begun = (out / "args.json").is_file()  # a signal may come before there is anything to go on with
+            again = forked(lambda s=script, o=out, begun=begun: started(s, home, o, begun), told)
+            fine = status in ((0, 130, 143) if number else (0, 2)) and "Traceback" not in said_then
+            fine = fine and again == 0 and written(out) == expected
+            good[kind] += fine
+            tried[kind] += 1
+            if fine:
+                shutil.rmtree(out)
+            else:
+                print(f"     {script}, {kind}, {number or ''} at {at}: ended {status}, resumed {again}, see {out}: {said_then[-300:]}"
+                      f"\n{told.read_text(errors='replace')[-300:]}", flush=True)  # fmt: skip
+    for kind in good:
+        said(f"{kind} outlived, all scripts", good[kind], tried[kind])
+
+
+TOLD = {  # what the unit tests hold, counted here: name -> where
+    "NaN in weights, gradients, losses": "tests/test_faults.py -k finite",
+    "two runs in one folder, folders that are none": "tests/test_faults.py -k 'live_run or places or resume'",
+    "ranks that fail, hosts that vanish, launchers killed": "tests/test_ranks.py -k 'rank or host or signal or launcher'",
+    "judge's endpoints, and keys that stay secret": "tests/test_judge.py -k 'secret or key or drips or cache or killed or mended'",
+    "pages escaped": "tests -k escaped",
+}
+
+
+def told():
+    for name, where in TOLD.items():
+        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shlex.split(where)]
+        lines = subprocess.run(
+            words, cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True
+        ).stdout.splitlines()
+        counts = {
+            word: int(number)
+            for number, word in re.findall(r"(\d+) (passed|failed|errors?)", lines[-1] if lines else "")
+        }
+        said(name, counts.get("passed", 0), sum(counts.values()) or 1)
 
 
 # ------------------------------------------------------------------------------------------------------- strangers' rows
@@ -270,6 +334,8 @@ def main():
         home = getattr(tiny.home, "__wrapped__", None) or tiny.home._get_wrapped_function()
         home = home(make)
         kills(home, folder, args.kills)
+        signals_and_full_disks(home, folder, min(args.kills, 6))
+        told()
         rows(folder, args.rows)
         programs(home, folder, args.rows)
         long_run(home, folder, args.steps)
