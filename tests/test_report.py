@@ -2,6 +2,9 @@
 
 import html.parser
 import json
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,7 +78,7 @@ class Tags(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.seen.append((tag, dict(attrs)))
-        if tag not in ("meta", "br", "link", "img"):
+        if tag not in ("meta", "br", "link", "img", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -261,3 +264,51 @@ def test_frontier(folder):
     assert (folder / "frontier.png").read_bytes()[:4] == b"\x89PNG"
     lines["dvpo_<b>"][1]["gold_ci95"] = [0.2, 1.6]  # within the noise
     assert report.over_optimised(lines) == []
+
+
+OWNED = "document.title='owned'"
+STRANGERS = [f"<script>{OWNED}</script>", f"<img src=x onerror={OWNED}>", f"</div></section><svg onload={OWNED}>",
+             f"\" autofocus onfocus=\"{OWNED}\" x=\"", f"' onmouseover='{OWNED}", f"</style><script>{OWNED}</script>", "&lt;script&gt;"]  # fmt: skip
+
+
+def test_what_strangers_write_is_escaped_and_runs_in_no_browser(folder, monkeypatch, tmp_path):
+    """Texts, names, flags and grades of pages, in Chromium where it is installed."""
+    from eval import human, token_values
+
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    words, q = ["", *STRANGERS], np.linspace(-1, 1, len(STRANGERS) + 1)
+    real = report.samples
+    monkeypatch.setattr(report, "samples", lambda *inputs: [*real(*inputs), *[(x, x, -1.5) for x in STRANGERS]])
+    line = lambda x: {"policy": x, "score": 1.0, "words": words, "q": q}
+    pages = {
+        "report": report.report(folder).read_text(),
+        "values": token_values.page([{"prompt": x, "lines": [line(x)]} for x in STRANGERS], 1.0, STRANGERS[0]),
+        "sheet": human.page([{"prompt": x, "left": x, "right": x} for x in STRANGERS], "0" * 8, STRANGERS[0]),
+    }
+    for name, text in pages.items():
+        seen = Tags(re.sub("</main><script>.*</script>", "</main>", text, flags=re.S)).seen  # but for the sheet's own
+        assert not [
+            tag
+            for tag, attrs in seen
+            if tag in ("script", "img") or {"onload", "onfocus", "onmouseover"} & attrs.keys()
+        ]
+        (tmp_path / f"{name}.html").write_text(text)
+    if not browser:
+        return
+    (tmp_path / "control.html").write_text(f"<title>calm</title>{STRANGERS[0]}")
+    for name in (*pages, "control"):
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=2000",
+            f"--user-data-dir={tmp_path / 'profile'}",
+        ]
+        found = subprocess.run(
+            [browser, *flags, "--dump-dom", f"file://{tmp_path / name}.html"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        title = re.search("<title>(.*?)</title>", found.stdout)
+        assert title and (title[1] == "owned") == (name == "control"), (name, title, found.stderr[-300:])
