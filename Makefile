@@ -1,4 +1,4 @@
-# Every target makes .venv from requirements.txt when it is not there.
+# Every target makes .venv when it is not there: from requirements.txt for a demo, from requirements-dev.txt for all else.
 PY = .venv/bin/python
 DEMO ?= runs/demo
 SEED ?= 0
@@ -35,25 +35,25 @@ demo-all: $(DEMO)/report.html  ## of the demo that is there, or a new one: and t
 	$(PY) eval/demo.py $(DEMO)
 	$(PY) eval/report.py $(DEMO)
 
-test: .venv/done
+test: .venv/dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-test-all: .venv/done  ## and every family, precision and ZeRO stage through every script
+test-all: .venv/dev  ## and every family, precision and ZeRO stage through every script
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
-chaos: .venv/done  ## kills at every file-system call of every script, strangers' rows, a long run: minutes
+chaos: .venv/dev  ## kills at every file-system call of every script, strangers' rows, a long run: minutes
 	$(PY) tests/chaos.py
 
-lint: .venv/done
+lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-experiments: .venv/done  ## all runs of EXPERIMENTS.md's toy world, its tables and pictures: says first how long; goes on where it stopped
+experiments: .venv/dev  ## all runs of EXPERIMENTS.md's toy world, its tables and pictures: says first how long; goes on where it stopped
 	$(PY) experiments/run.py
 	$(PY) experiments/pictures.py
 	$(PY) experiments/page.py
 
-bench: .venv/done
+bench: .venv/dev
 	$(PY) bench/kernels.py
 
 .venv/done: requirements.txt
@@ -61,6 +61,10 @@ bench: .venv/done
 	.venv/bin/pip install -q --upgrade pip
 	.venv/bin/pip install -q torch==2.13.0
 	.venv/bin/pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/done
+	.venv/bin/pip install -q -r requirements-dev.txt
 	touch $@
 
 .PHONY: demo demo-all test test-all lint bench experiments chaos

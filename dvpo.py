@@ -60,7 +60,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from kernels import (
     head_name,
@@ -701,6 +700,8 @@ def load_shared(args, tokenizer):
 
 
 def train(args: Args) -> Path:
+    from transformers import AutoConfig
+
     started = time.time()
     rank, world, device = init_distributed(args)
     if args.baseline != "none" and args.advantage != "q":
@@ -951,7 +952,10 @@ def init_distributed(args):
             free.bind(("127.0.0.1", 0))
             alone["MASTER_PORT"] = str(free.getsockname()[1])
     os.environ.update(alone | os.environ)
-    import deepspeed
+    try:
+        import deepspeed
+    except ImportError:
+        stop("several ranks, and --zero_stage 1-3, need DeepSpeed: pip install deepspeed==0.19.8")
 
     backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(minutes=30)
     deepspeed.init_distributed(backend, timeout=limit, verbose=False)

@@ -345,7 +345,10 @@ def init_distributed(args):
             free.bind(("127.0.0.1", 0))
             alone["MASTER_PORT"] = str(free.getsockname()[1])
     os.environ.update(alone | os.environ)
-    import deepspeed
+    try:
+        import deepspeed
+    except ImportError:
+        stop("several ranks, and --zero_stage 1-3, need DeepSpeed: pip install deepspeed==0.19.8")
 
     backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(minutes=30)
     deepspeed.init_distributed(backend, timeout=limit, verbose=False)

@@ -51,7 +51,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from kernels import head_name, hidden_states, keyed_gumbel, logit_gap, model_class, packing_gap, patch_head, read_head
 
@@ -375,6 +374,7 @@ class RewardModel(torch.nn.Module):
 # Copied from rm.is_decoder
 def is_decoder(name: str, args) -> bool:
     """A generative architecture, which reads chats; encoders (BERT, DeBERTa) read text pairs."""
+    from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as auto
 
     try:
@@ -424,6 +424,8 @@ class TextReward:
     """Scores of texts by a frozen reward model, which reads them with its own tokenizer; or `gold`, the toy world's."""
 
     def __init__(self, name: str, args, device):
+        from transformers import AutoConfig
+
         self.name, self.device, self.mean, self.std = name, device, 0.0, 1.0
         if name == "gold":
             return
@@ -707,7 +709,10 @@ def init_distributed(args):
             free.bind(("127.0.0.1", 0))
             alone["MASTER_PORT"] = str(free.getsockname()[1])
     os.environ.update(alone | os.environ)
-    import deepspeed
+    try:
+        import deepspeed
+    except ImportError:
+        stop("several ranks, and --zero_stage 1-3, need DeepSpeed: pip install deepspeed==0.19.8")
 
     backend, limit = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(minutes=30)
     deepspeed.init_distributed(backend, timeout=limit, verbose=False)
