@@ -34,6 +34,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import importlib.util
 import itertools
 import json
 import math
@@ -81,6 +82,8 @@ class Args:
     """the frozen reference of the KL; default: the starting policy"""
     reward_model: str = "runs/rm/final"
     """the frozen reward model, from rm.py; with --data toy also `gold`, the toy world's true reward"""
+    reward: tuple[str, ...] = ()
+    """instead of a reward model, functions of your own, added: `check.py:correct 0.1*check.py:short`; see docs/data.md"""
     critic: str = ""
     """where the critic's backbone starts, e.g. the reward model; default: the policy. Its head starts at zero"""
     data: str = "toy"
@@ -319,6 +322,37 @@ class TextReward:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reading.bf16):
             pad = self.tokenizer.pad_token_id
             return score_sequences(self.model, sequences, pad, self.reading, rank, world, self.device)
+
+
+# Copied from sample.FunctionReward
+class FunctionReward:
+    """Scores of texts by functions of the user's own, `--reward file.py:name` each: (prompts, responses) -> a number for each
+    response; a prompt is a list of messages. Several are added, `0.5*file.py:name` with a factor."""
+
+    def __init__(self, names):
+        self.names, self.functions, self.mean, self.std = names, [], 0.0, 1.0
+        for name in names:
+            factor, _, place = name.rpartition("*")
+            path, _, function = place.rpartition(":")
+            try:
+                found = importlib.util.spec_from_file_location(Path(path).stem, path)
+                module = importlib.util.module_from_spec(found)
+                found.loader.exec_module(module)
+                self.functions.append((float(factor or 1), getattr(module, function)))
+            except (AttributeError, OSError, ValueError) as error:
+                stop(f"--reward {name}: {error}. Give a file and a function in it, such as 0.5*check.py:correct")
+
+    def __call__(
+        self, prompts: list, texts: list[str], complete: list[bool], rank: int = 0, world: int = 1
+    ) -> list[float]:
+        """As `TextReward`: of `world` ranks each gives its own, and gets the scores of all."""
+        prompts, total = [as_messages(prompt) for prompt in prompts], [0.0] * len(texts)
+        for name, (factor, function) in zip(self.names, self.functions, strict=True):
+            found = list(map(float, function(prompts, texts)))
+            if len(found) != len(texts) or not all(map(math.isfinite, found)):
+                stop(f"--reward {name} gave {len(found)} numbers for {len(texts)} responses, or one that is not finite")
+            total = [x + factor * y for x, y in zip(total, found, strict=True)]
+        return gather_lists(total, world)
 
 
 # Copied from rm.RewardModel
@@ -678,14 +712,14 @@ def train(args: Args) -> Path:
         if load_tokenizer(args.critic, args, chat=False).get_vocab() != tokenizer.get_vocab():
             stop(f"--critic {args.critic} and {args.policy} have different tokenizers: leave --critic out, or name a "
                  "model of the policy's family")  # fmt: skip
-    reward = TextReward(args.reward_model, args, device)
+    reward = FunctionReward(args.reward) if args.reward else TextReward(args.reward_model, args, device)
     question = lambda row: [(encode(tokenizer, row, None, args)[0], as_messages(row["prompt"]))]
     questions = load_data(args, "prompts", question)
     if len(questions) < args.rollout_batch_size:
         rollout = f"--rollout_batch_size {args.rollout_batch_size}"
         stop(f"{args.data} ({args.split}) has {len(questions)} prompts, below {rollout}")
 
-    if args.reward_model == "gold":  # prompts of other worlds are told before anything is written
+    if args.reward_model == "gold" and not args.reward:  # prompts of other worlds are told before anything is written
         reward([messages for _, messages in questions], [""] * len(questions), [True] * len(questions))
     torch.manual_seed(args.seed)
     model = load_model("causal", args.policy, tokenizer, args)

@@ -29,6 +29,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import importlib.util
 import json
 import math
 import os
@@ -61,6 +62,8 @@ class Args:
     """who writes: a Hugging Face folder or hub name with a chat template"""
     reward_model: str = "runs/rm/final"
     """who scores: a sequence classifier with one label, from rm.py or elsewhere; `gold` is the toy world's true reward"""
+    reward: tuple[str, ...] = ()
+    """instead of a reward model, functions of your own, added: `check.py:correct 0.1*check.py:short`; see docs/data.md"""
     data: str = "toy"
     """prompts: `toy`, a hub name, or a .json/.jsonl(.gz)/.parquet file with `prompt`; several, comma-separated"""
     split: str = "train"
@@ -480,6 +483,36 @@ class TextReward:
             return score_sequences(self.model, sequences, pad, self.reading, rank, world, self.device)
 
 
+class FunctionReward:
+    """Scores of texts by functions of the user's own, `--reward file.py:name` each: (prompts, responses) -> a number for each
+    response; a prompt is a list of messages. Several are added, `0.5*file.py:name` with a factor."""
+
+    def __init__(self, names):
+        self.names, self.functions, self.mean, self.std = names, [], 0.0, 1.0
+        for name in names:
+            factor, _, place = name.rpartition("*")
+            path, _, function = place.rpartition(":")
+            try:
+                found = importlib.util.spec_from_file_location(Path(path).stem, path)
+                module = importlib.util.module_from_spec(found)
+                found.loader.exec_module(module)
+                self.functions.append((float(factor or 1), getattr(module, function)))
+            except (AttributeError, OSError, ValueError) as error:
+                stop(f"--reward {name}: {error}. Give a file and a function in it, such as 0.5*check.py:correct")
+
+    def __call__(
+        self, prompts: list, texts: list[str], complete: list[bool], rank: int = 0, world: int = 1
+    ) -> list[float]:
+        """As `TextReward`: of `world` ranks each gives its own, and gets the scores of all."""
+        prompts, total = [as_messages(prompt) for prompt in prompts], [0.0] * len(texts)
+        for name, (factor, function) in zip(self.names, self.functions, strict=True):
+            found = list(map(float, function(prompts, texts)))
+            if len(found) != len(texts) or not all(map(math.isfinite, found)):
+                stop(f"--reward {name} gave {len(found)} numbers for {len(texts)} responses, or one that is not finite")
+            total = [x + factor * y for x, y in zip(total, found, strict=True)]
+        return gather_lists(total, world)
+
+
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
@@ -530,7 +563,7 @@ def train(args: Args) -> Path:
         stop("--greedy gives one response to a prompt: add --n 1 --best_of 1")
     missing(args.policy, "python sft.py")
     tokenizer = load_tokenizer(args.policy, args)
-    reward = TextReward(args.reward_model, args, device)
+    reward = FunctionReward(args.reward) if args.reward else TextReward(args.reward_model, args, device)
     question = lambda row: [(row["prompt"], encode(tokenizer, row, None, args)[0])]
     questions, seen = [], {}
     for prompt, ids in load_data(args, "prompts", question):
@@ -539,7 +572,7 @@ def train(args: Args) -> Path:
         questions.append((prompt, ids, key_of(args.seed, text, seen[text])))
     if not questions:
         stop(f"{args.data} ({args.split}) has no prompt to answer")
-    if args.reward_model == "gold":  # prompts of other worlds are told before anything is written
+    if args.reward_model == "gold" and not args.reward:  # prompts of other worlds are told before anything is written
         reward([prompt for prompt, *_ in questions], [""] * len(questions), [True] * len(questions))
     writer = Writer(tokenizer, args, device) if args.rollout != "vllm" else None
     ends = writer.module.ends if writer else end_tokens(args.policy, tokenizer)

@@ -413,6 +413,14 @@ def test_what_a_row_must_not_hold(tmp_path, capfd, row, says):
     assert ended.value.code == 2 and says in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("script", ["ppo", "reinforce"])
+def test_a_reward_that_is_a_function_needs_no_reward_model(home, tmp_path, script):
+    file = tmp_path / "check.py"
+    file.write_text("def three(prompts, responses):\n    return [3 + 0 * len(r) for r in responses]\n")
+    out = run(home, script, tmp_path / "out", reward=(f"2*{file}:three",), reward_model="nowhere", eos_penalty=0.0)
+    assert {row["reward"] for row in metrics(out)} == {6.0}
+
+
 # --------------------------------------------------------------------------------------------------------------- flags
 @pytest.mark.parametrize(
     ("script", "flag", "value"),

@@ -306,3 +306,35 @@ def test_parts_of_more_ranks_than_now_are_gone(home, tmp_path):
 def test_sft_reads_what_it_writes(home, tmp_path):
     path = run(home, tmp_path / "a")
     assert len(load_rows(str(path), "train", "graded")) == 7
+
+
+# ---------------------------------------------------------------------------------------------- rewards that are computed
+def test_rewards_that_are_functions_are_added_with_their_factors(home, tmp_path, capfd):
+    file = tmp_path / "check.py"
+    file.write_text(
+        "import json\n"
+        "def words(prompts, responses):\n    assert all(m[-1]['role'] == 'user' for m in prompts)\n    return [len(r.split()) for r in responses]\n"
+        "def asked(prompts, responses):\n    return [len(m[-1]['content']) for m in prompts]\n"
+        "def short(prompts, responses):\n    return [0.0]\n"
+        "def broken(prompts, responses):\n    return [float('nan')] * len(responses)\n"
+    )
+    run = lambda *names: sample.train(settings(home, tmp_path / "out", reward=names, reward_model="nowhere"))
+    rows = [json.loads(x) for x in run(f"{file}:words", f"0.5*{file}:asked").read_text().splitlines()]
+    assert rows and len({r["score"] for row in rows for r in row["responses"]}) > 2
+    for row in rows:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        for r in row["responses"]:
+            assert r["score"] == len(r["text"].split()) + 0.5 * len(prompt)
+    for name, says in (
+        ("short", "1 numbers for"),
+        ("broken", "not finite"),
+        ("absent", "no attribute"),
+        ("", "no attribute"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(f"{file}:{name}")
+        assert ended.value.code == 2 and says in capfd.readouterr().err
+    for wrong in ("check", "x*check.py:words", f"{tmp_path}/none.py:words"):
+        with pytest.raises(SystemExit) as ended:
+            run(wrong)
+        assert ended.value.code == 2 and "--reward" in capfd.readouterr().err
