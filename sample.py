@@ -1351,7 +1351,16 @@ def writing(path: Path):
 
 
 # Copied from sft.FREE
-FREE = ("resume", "output_dir", "save_every", "max_skipped", "micro_tokens", "gradient_checkpointing", "cache_gb")
+FREE = (
+    "resume",
+    "output_dir",
+    "report_to",
+    "save_every",
+    "max_skipped",
+    "micro_tokens",
+    "gradient_checkpointing",
+    "cache_gb",
+)
 
 
 # Copied from sft._lock

@@ -24,6 +24,7 @@ import datetime
 import fcntl
 import functools
 import heapq
+import importlib
 import json
 import math
 import os
@@ -103,6 +104,8 @@ class Args:
     """steps in a row that may be skipped for a loss or gradient that is not finite"""
     save_every: int = 0
     """steps between checkpoints to resume from; 0 writes none"""
+    report_to: str = ""
+    """where metrics go besides metrics.jsonl: tensorboard, wandb, trackio; several with commas"""
     resume: bool = False
     """continue from the last checkpoint in --output_dir, bit for bit"""
     trust_remote_code: bool = False
@@ -985,7 +988,16 @@ def writing(path: Path):
         )
 
 
-FREE = ("resume", "output_dir", "save_every", "max_skipped", "micro_tokens", "gradient_checkpointing", "cache_gb")
+FREE = (
+    "resume",
+    "output_dir",
+    "report_to",
+    "save_every",
+    "max_skipped",
+    "micro_tokens",
+    "gradient_checkpointing",
+    "cache_gb",
+)
 _lock = []  # held until this process ends or begins another run
 
 
@@ -1061,6 +1073,24 @@ def step_of(line: str) -> int:
         return 0
 
 
+def tracker(name: str, args):
+    """A function that takes a row of metrics to tensorboard, wandb or trackio. Nothing is sent that is not asked for."""
+    folder, settings = Path(args.output_dir), dataclasses.asdict(args)
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / name))
+            return lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()] + [writer.flush()]
+        module = importlib.import_module({"wandb": "wandb", "trackio": "trackio"}[name])
+    except KeyError:
+        stop(f"--report_to {name}: choose from tensorboard, wandb and trackio, several with commas between them")
+    except ImportError:
+        stop(f"--report_to {name} is not installed: pip install {name}")
+    module.init(project="lean-rlhf", name=f"{folder.parent.name}/{folder.name}", config=settings)
+    return lambda row: module.log(row, step=row["step"])
+
+
 class Run:
     """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
 
@@ -1068,6 +1098,7 @@ class Run:
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
+        self.trackers = []
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         self.skipped, self.updates_skipped, self.read_every = 0, 0, 1 if hasattr(args, "rollout_batch_size") else 10
         ended = rank == 0 and claim(args)
@@ -1127,6 +1158,8 @@ class Run:
                     kept = [line for line in lines if 0 < step_of(line) <= self.step]
                     with writing(path):
                         replace(path, path.with_suffix(".part"), "".join(line + "\n" for line in kept))
+        names = [name for name in self.args.report_to.split(",") if name and self.rank == 0]
+        self.trackers = [tracker(name, self.args) for name in names]
         _signals.clear()
         _begun[:] = [self.folder]
 
@@ -1173,6 +1206,9 @@ class Run:
             return
         with writing(self.folder / "metrics.jsonl"), open(self.folder / "metrics.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+        for send in self.trackers:
+            for row in rows:
+                send({k: v for k, v in row.items() if isinstance(v, (int, float))})
         self.bar.set_postfix(
             {k: f"{math.nan if rows[-1][k] is None else rows[-1][k]:.3g}" for k in self.bar_keys}, refresh=False
         )

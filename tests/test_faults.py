@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -419,6 +420,43 @@ def test_a_reward_that_is_a_function_needs_no_reward_model(home, tmp_path, scrip
     file.write_text("def three(prompts, responses):\n    return [3 + 0 * len(r) for r in responses]\n")
     out = run(home, script, tmp_path / "out", reward=(f"2*{file}:three",), reward_model="nowhere", eos_penalty=0.0)
     assert {row["reward"] for row in metrics(out)} == {6.0}
+
+
+# ------------------------------------------------------------------------------------------------------------- trackers
+def test_metrics_go_where_they_are_asked_to_and_nowhere_else(home, tmp_path, capfd, monkeypatch):
+    """Stand-ins for wandb and trackio, which take `init` and `log`, and for TensorBoard's writer."""
+    sent = {"wandb": [], "trackio": [], "tensorboard": []}
+    for module, to in list(sent.items())[:2]:
+        init = lambda to=to, **options: to.append(options)
+        log = lambda row, step, to=to: to.append((step, row))
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(init=init, log=log))
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            sent["tensorboard"].append(folder)
+
+        def add_scalar(self, key, value, step):
+            sent["tensorboard"].append((key, value, step))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    run(home, "sft", tmp_path / "plain", steps=3)
+    assert not any(sent.values())
+    out = run(home, "sft", tmp_path / "out", steps=3, report_to="wandb,trackio,tensorboard")
+    rows = [{k: v for k, v in row.items() if isinstance(v, (int, float))} for row in tiny.jsonl(out / "metrics.jsonl")]
+    for name in ("wandb", "trackio"):
+        (options, *logged), settings = sent[name], json.loads((out / "args.json").read_text())
+        assert options["config"]["learning_rate"] == settings["learning_rate"]
+        assert logged == [(row["step"], row) for row in rows]
+    assert sent["tensorboard"] == [
+        str(out / "tensorboard"),
+        *[(k, v, row["step"]) for row in rows for k, v in row.items()],
+    ]
+    assert "choose from" in refused(capfd, home, "sft", tmp_path / "no", report_to="mlflow")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in refused(capfd, home, "sft", tmp_path / "no", report_to="wandb")
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

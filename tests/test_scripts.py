@@ -128,6 +128,14 @@ def test_help_answers_soon_and_explains_every_flag(tmp_path, script):
     assert all(preset in done.stdout for preset in SCRIPTS[script].PRESETS)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_loads_no_library_that_takes_long(script):
+    code = f"import sys, {script}; sys.exit(str({{'transformers', 'datasets', 'peft', 'deepspeed', 'matplotlib'}} & sys.modules.keys()))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr.strip() == "set()"
+    )
+
+
 def parsed(monkeypatch, script, *argv):
     """What main(argv) would train with."""
     found = []
