@@ -8,6 +8,8 @@ Every token's weight is known before its log-prob is, so the LM head forms loss 
 products of its size, where a loss that must see the log-probs first needs four. The sum in the denominator runs over the
 whole optimizer step (all micro-batches, all ranks), so the gradient does not depend on how a batch is split.
 
+Of a conversation (`messages`) every answer of the assistant is learned, and nothing that the user says (`answers`).
+
 Left out on purpose: validation loss, learning-rate sweeps.
 
     python sft.py                                                    # CPU: a small model in the toy world of toy.py
@@ -86,6 +88,8 @@ class Args:
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 64
     """a longer response is cut, and then has no end token"""
+    turns: Literal["all", "last"] = "all"
+    """of `messages` with several answers of the assistant: learn each of them, or the last one only"""
     chat_template: str = ""
     """a Jinja file to give to a tokenizer that has no chat template (base models); `plain` for `User: ... Assistant: ...`"""
     lora_r: int = 0
@@ -124,6 +128,22 @@ PRESETS = {
 }  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def answers(tokenizer, row: dict, args) -> list[tuple]:
+    """(prompt ids, response ids, what the response is) of each answer that a row gives to learn: one, or with `messages` and
+    --turns all each turn of the assistant. Each is an example of its own, rendered up to where it begins, as it will be when it
+    is sampled; what stands before it is context."""
+    found = [(*encode(tokenizer, row, "completion", args), row["answer"])]
+    chat = row["messages"][:-1] if "messages" in row and args.turns == "all" else []
+    for i, message in enumerate(chat):
+        if message["role"] == "assistant" and i:
+            earlier = {"prompt": chat[:i], "completion": message["content"]}
+            found.append((*encode(tokenizer, earlier, "completion", args), row["answer"]))
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -132,7 +152,7 @@ def train(args: Args) -> Path:
     rank, world, device = init_distributed(args)
     missing(args.model)
     tokenizer = load_tokenizer(args.model, args, chat_template=args.chat_template)
-    examples = load_data(args, "sft", lambda row: [(*encode(tokenizer, row, "completion", args), row["answer"])])
+    examples = load_data(args, "sft", lambda row: answers(tokenizer, row, args))
     if not examples:
         stop(f"{args.data} ({args.split}) has no row to train on")
     if rank == 0 and examples[0][2] != "completion":

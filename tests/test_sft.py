@@ -345,3 +345,33 @@ def test_a_split_field_chooses_rows_and_names_are_joined_by_commas(tmp_path):
     found = load_rows(f"{b},toy", "train[:50%]", "prompts", seed=0)  # that part of each
     assert [row["prompt"] for row, _ in found] == [found[0][0]["prompt"]] + [row["prompt"] for row in half]
     assert found[0][0]["prompt"] in "34"
+
+
+# ------------------------------------------------------------------------------------------------- every answer of a talk
+def test_each_answer_of_a_conversation_is_learned_and_nothing_else(tmp_path):
+    tokenizer, said = toy.tokenizer(), ("the soup is good .", "the bread is not good .", "it is very bad .")
+    asked = toy.prompts("sft")[:3]
+    chat = [message(role, text) for pair in zip(asked, said) for role, text in zip(("user", "assistant"), pair)]
+    row = sft.canonical({"messages": chat})
+    found = {tuple(prompt): response for prompt, response, _ in sft.answers(tokenizer, row, LIMITS_ALL)}
+    end = tokenizer.eos_token_id
+    for i, text in enumerate(said):
+        prompt = tokenizer.apply_chat_template(chat[: 2 * i + 1], add_generation_prompt=True)["input_ids"]
+        assert found.pop(tuple(prompt)) == [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
+    assert not found
+    last = sft.answers(tokenizer, row, SimpleNamespace(**vars(LIMITS_ALL) | {"turns": "last"}))
+    assert len(last) == 1 and last[0][1][:-1] == tokenizer(said[-1], add_special_tokens=False)["input_ids"]
+    # a prompt that is a conversation gives its answers as context only: nobody says that they are to be imitated
+    row = sft.canonical({"prompt": chat[:-1], "completion": said[-1]})
+    assert len(sft.answers(tokenizer, row, LIMITS_ALL)) == 1
+    # and through a run: tokens of a step are those of all three answers
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps({"messages": chat}) + "\n")
+    out = sft.train(
+        sft.Args(data=str(path), output_dir=str(tmp_path / "out"), batch_size=3, steps=1, max_prompt_tokens=200)
+    ).parent
+    (step,) = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert step["tokens"] == sum(len(text.split()) + 1 for text in said)
+
+
+LIMITS_ALL = SimpleNamespace(max_prompt_tokens=200, max_response_tokens=64, turns="all")
