@@ -165,6 +165,8 @@ class Args:
     """steps between copies of the policy in snapshots/, for curves over training; 0 keeps none"""
     report_to: str = ""
     """where metrics go besides metrics.jsonl: tensorboard, wandb, trackio; several with commas"""
+    trace: bool = False
+    """take one step, print a part of its batch as a table with all that the loss is made of, and leave no files"""
     resume: bool = False
     """continue from the last checkpoint in --output_dir, bit for bit"""
     trust_remote_code: bool = False
@@ -702,11 +704,32 @@ def load_shared(args, tokenizer):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
+# Copied from gvm.trace
+def trace(title: str, words: list[str], columns: dict):
+    """Prints a table: a word a row, and of each column (T,) the number at its place."""
+    rows = [
+        ["", *columns],
+        *([word, *(f"{float(x[t]):.3f}" for x in columns.values())] for t, word in enumerate(words)),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    print(f"\n{title}\n" + "\n".join(lines), flush=True)
+
+
+# Copied from gvm.traced
+def traced(args, world: int):
+    """The settings of --trace: a run that leaves no files."""
+    if world > 1:
+        stop("--trace is for one process: start it without torchrun")
+    return dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+
+
 def train(args: Args) -> Path:
     from transformers import AutoConfig
 
     started = time.time()
     rank, world, device = init_distributed(args)
+    args = traced(args, world) if args.trace else args
     if args.baseline != "none" and args.advantage != "q":
         stop(f"--baseline {args.baseline} is for --advantage q: gae has V(s_t) as its baseline")
     if args.rollout_batch_size % world or args.rollout_batch_size % args.batch_size:
@@ -806,6 +829,34 @@ def train(args: Args) -> Path:
                     clipped_sum += clipped
                 grad_norm = engine.step()
         clock.append(now(device))
+        if args.trace:
+            with torch.no_grad():  # once more, with the weights that the step has left
+                logp = engine(
+                    collate(list(zip(prompts, responses, strict=True))[:2], tokenizer.pad_token_id, device),
+                    args.temperature,
+                )
+            for i, (answer, new) in enumerate(zip(answers[:2], logp, strict=True)):
+                ratio = (new - old_logp[i, : len(new)]).exp()
+                pushed = torch.minimum(
+                    ratio * advantage[i, : len(new)],
+                    ratio.clamp(1 - args.clip, 1 + args.clip) * advantage[i, : len(new)],
+                )
+                columns = {
+                    "log pi_old": old_logp[i],
+                    "log pi_ref": ref_logp[i],
+                    "Q_t": values[i, 1:],
+                    "Q~_t": normalize_values(values[:, 1:], mask)[i],
+                }
+                columns |= {"A_t": advantage[i], "ratio": ratio, "loss": -pushed}
+                for j in partners[i]:
+                    print(f"\ntau: {answers[j].prompt[-1]['content']} | {tokenizer.decode(answers[j].response)}")
+                trace(
+                    f"{answer.prompt[-1]['content']}   V(s_1) {values[i, 0]:.3f}",
+                    [repr(tokenizer.decode([t])) for t in answer.response],
+                    columns,
+                )
+            shutil.rmtree(run.folder)
+            return run.folder
 
         kl_mean = (kl * mask).sum() / len(responses)
         if args.kl_target:

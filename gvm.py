@@ -129,6 +129,8 @@ class Args:
     """steps between checkpoints to resume from; 0 writes none"""
     report_to: str = ""
     """where metrics go besides metrics.jsonl: tensorboard, wandb, trackio; several with commas"""
+    trace: bool = False
+    """take one step, print a part of its batch as a table with all that the loss is made of, and leave no files"""
     resume: bool = False
     """continue from the last checkpoint in --output_dir, bit for bit"""
     trust_remote_code: bool = False
@@ -348,6 +350,24 @@ class ValueModel(torch.nn.Module):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
+def trace(title: str, words: list[str], columns: dict):
+    """Prints a table: a word a row, and of each column (T,) the number at its place."""
+    rows = [
+        ["", *columns],
+        *([word, *(f"{float(x[t]):.3f}" for x in columns.values())] for t, word in enumerate(words)),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    print(f"\n{title}\n" + "\n".join(lines), flush=True)
+
+
+def traced(args, world: int):
+    """The settings of --trace: a run that leaves no files."""
+    if world > 1:
+        stop("--trace is for one process: start it without torchrun")
+    return dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+
+
 # Copied from rm.graded
 def graded(row: dict) -> list[dict]:
     """The responses [{text, score, policy}] of a row; of a pair the chosen one scores 1, the rejected one -1."""
@@ -413,6 +433,7 @@ def conversation_size(row) -> list[int]:
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
+    args = traced(args, world) if args.trace else args
     most = math.ceil(args.batch_size / world) * (args.tau_tokens + args.max_prompt_tokens + args.max_response_tokens)
     if args.value_norm == "batch" and args.micro_tokens < most:
         stop(f"--value_norm batch normalises over the whole batch, in one forward pass: give --micro_tokens {most}")
@@ -478,7 +499,20 @@ def train(args: Args) -> Path:
                 values = torch.cat([values[:, :1], q], 1)
             rule = {"discount": args.discount, "td_lambda": args.td_lambda}
             target = td_targets(values, mask[:, 1:], reward.to(device), **rule)
-            loss = value_loss(values, target, loss_weights(mask, ended, positions, outcomes, args.outcome_share))
+            weights = loss_weights(mask, ended, positions, outcomes, args.outcome_share)
+            loss = value_loss(values, target, weights)
+            if args.trace:
+                for i, (answer, (_, shown)) in enumerate(zip(micro[0][3], micro[0][2], strict=True)):
+                    share = weights * positions  # 1 on average
+                    terms = share * (values.detach() - target).square()
+                    trace(
+                        f"{'tau' if answer is not micro[0][3][-1] else 'question'}: {answer.policy}, score {answer.score:.3f}, "
+                        f"standardised {reward[i]:.3f}: {answer.prompt[-1]['content']}",
+                        ["V(s_1)", *(repr(tokenizer.decode([t])) for t in shown)],
+                        {"Q_t": values[i], "G_t": target[i], "weight": share[i], "weight (Q - G)^2": terms[i]},
+                    )
+                shutil.rmtree(run.folder)
+                return run.folder
             engine.backward(loss, last=micro is micros[-1])
             loss_sum += loss.detach()
         rates = {"learning_rate": engine.rate, "grad_norm": engine.step()}

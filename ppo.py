@@ -167,6 +167,8 @@ class Args:
     """steps between copies of the policy in snapshots/, for curves over training; 0 keeps none"""
     report_to: str = ""
     """where metrics go besides metrics.jsonl: tensorboard, wandb, trackio; several with commas"""
+    trace: bool = False
+    """take one step, print a part of its batch as a table with all that the loss is made of, and leave no files"""
     resume: bool = False
     """continue from the last checkpoint in --output_dir, bit for bit"""
     trust_remote_code: bool = False
@@ -702,9 +704,30 @@ def whole_or_parts(module, args):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
+# Copied from gvm.trace
+def trace(title: str, words: list[str], columns: dict):
+    """Prints a table: a word a row, and of each column (T,) the number at its place."""
+    rows = [
+        ["", *columns],
+        *([word, *(f"{float(x[t]):.3f}" for x in columns.values())] for t, word in enumerate(words)),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    print(f"\n{title}\n" + "\n".join(lines), flush=True)
+
+
+# Copied from gvm.traced
+def traced(args, world: int):
+    """The settings of --trace: a run that leaves no files."""
+    if world > 1:
+        stop("--trace is for one process: start it without torchrun")
+    return dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+
+
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
+    args = traced(args, world) if args.trace else args
     if args.rollout_batch_size % world or args.rollout_batch_size % args.batch_size:
         stop(f"--rollout_batch_size {args.rollout_batch_size} must be a multiple of --batch_size {args.batch_size} and of "
              f"the number of ranks, {world}")  # fmt: skip
@@ -808,6 +831,30 @@ def train(args: Args) -> Path:
                     sums += torch.stack([loss.detach(), clipped, v_loss.detach(), v_cut])
                 grad_norm, critic_grad_norm = engine.step(), critic_engine.step()
         clock.append(now(device))
+        if args.trace:
+            with torch.no_grad():  # once more, with the weights that the step has left
+                logp = engine(collate(rows[:2], tokenizer.pad_token_id, device), args.temperature)
+            for i, new in enumerate(logp):
+                ratio = (new - old_logp[i, : len(new)]).exp()
+                pushed = torch.minimum(
+                    ratio * advantage[i, : len(new)],
+                    ratio.clamp(1 - args.clip, 1 + args.clip) * advantage[i, : len(new)],
+                )
+                columns = {
+                    "log pi_old": old_logp[i],
+                    "log pi_ref": ref_logp[i],
+                    "r_t": rewards[i],
+                    "V_t": values[i],
+                    "return": returns[i],
+                }
+                columns |= {"A_t": advantage[i], "ratio": ratio, "loss": -pushed}
+                trace(
+                    f"{asked[i][-1]['content']}   reward {score[i]:.3f}",
+                    [repr(tokenizer.decode([t])) for t in responses[i]],
+                    columns,
+                )
+            shutil.rmtree(run.folder)
+            return run.folder
 
         kl_mean = (kl * mask).sum() / len(responses)
         if args.kl_target:

@@ -1,5 +1,6 @@
 """What goes wrong while a run writes, computes or is ended: nothing that was saved is lost, nothing that is not finite is kept."""
 
+import io
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -420,6 +422,43 @@ def test_a_reward_that_is_a_function_needs_no_reward_model(home, tmp_path, scrip
     file.write_text("def three(prompts, responses):\n    return [3 + 0 * len(r) for r in responses]\n")
     out = run(home, script, tmp_path / "out", reward=(f"2*{file}:three",), reward_model="nowhere", eos_penalty=0.0)
     assert {row["reward"] for row in metrics(out)} == {6.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------- --trace
+@pytest.mark.parametrize("script", ["gvm", "dvpo", "ppo", "vcb"])
+def test_trace_shows_what_the_loss_is_made_of_and_leaves_no_files(home, tmp_path, monkeypatch, script):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    shown = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.io, "StringIO", lambda: shown)
+        run(home, script, tmp_path / "out", trace=True)
+    assert not [x for x in tmp_path.iterdir() if (x / "args.json").exists() or (x / "final").exists()]
+    tables = re.findall(r"\n( {2,}\S.*\n(?:\S.*-?\d+\.\d{3}\n)+)", shown.getvalue())
+    assert len(tables) >= (1 if script == "vcb" else 2)
+    for table in tables:
+        head, *lines = table.rstrip("\n").split("\n")
+        names = re.split(r" {2,}", head.strip())
+        rows = [dict(zip(names, map(float, re.split(r" {2,}", line)[-len(names) :]), strict=True)) for line in lines]
+        for row in rows:
+            near = lambda x, of=1.0: pytest.approx(x, abs=0.002 * (1 + abs(of)))
+            if script == "gvm":
+                loss = row["weight"] * (row["Q_t"] - row["G_t"]) ** 2
+                assert row["weight (Q - G)^2"] == near(loss, loss + 2 * row["weight"] * (row["Q_t"] - row["G_t"]))
+            elif script == "vcb":
+                assert row["log-ratio"] == near(row["log pi"] - row["log pi_ref"])
+                assert row["s"] == near(0.25 * row["log-ratio"] - row["r / sigma"])
+            else:
+                cut = min(max(row["ratio"], 0.8), 1.2)
+                assert row["loss"] == near(-min(row["ratio"] * row["A_t"], cut * row["A_t"]), row["A_t"])
+    if script == "vcb":
+        assert (
+            abs(
+                sum(row["r / sigma"] ** 2 for row in rows) / len(rows)
+                - (sum(row["r / sigma"] for row in rows) / len(rows)) ** 2
+                - 1
+            )
+            < 0.01
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- trackers
