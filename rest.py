@@ -1224,6 +1224,20 @@ def tracker(name: str, args):
     return lambda row: module.log(row, step=row["step"])
 
 
+# Copied from sft.model_card
+def model_card(args, script: str) -> str:
+    """README.md of a model that may go to the hub: what made it, with which flags."""
+    start = getattr(args, "model", None) or args.policy
+    base = "" if Path(start).exists() or start == "toy" else f"base_model: {start}\n"
+    flags = "".join(
+        f"| `--{name}` | `{value}` |\n" for name, value in dataclasses.asdict(args).items() if name != "output_dir"
+    )
+    return (
+        f"---\nlibrary_name: transformers\n{base}tags: [lean-rlhf, {script}]\n---\n\n# {Path(args.output_dir).name}\n\n"
+        f"Trained by `{script}.py` of lean-rlhf, from {start} on {args.data}.\n\n| flag | value |\n| --- | --- |\n{flags}"
+    )
+
+
 # Copied from sft.Run
 class Run:
     """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
@@ -1246,16 +1260,16 @@ class Run:
         if not any((seen.is_file() and seen.read_text() == token) or time.sleep(1) for _ in range(5)):
             stop(f"--output_dir {self.folder} is not one folder for all hosts: name one on a file system of all")
         gather_lists([], self.world)
-        name, of = Path(sys.argv[0]).stem, getattr(args, "model", None) or args.policy
+        self.name, of = Path(sys.argv[0]).stem, getattr(args, "model", None) or args.policy
         pause = 0.2 if sys.stderr.isatty() else 30  # seconds between drawings: a log file wants few
         if rank == 0:
             seen.unlink()
             sizes = [(getattr(p, "ds_numel", p.numel()) / 1e6, p.requires_grad) for p in engine.module.parameters()]
             tokens = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
-            print(f"{name}: {of}, {sum(n for n, _ in sizes):.4g} M parameters, {sum(n for n, on in sizes if on):.4g} M trained, "
+            print(f"{self.name}: {of}, {sum(n for n, _ in sizes):.4g} M parameters, {sum(n for n, on in sizes if on):.4g} M trained, "
                   f"learning rate {args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * tokens} "
                   f"tokens a step; what no flag gives is {self.settings}")  # fmt: skip
-        self.bar = tqdm(total=total, desc=name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
+        self.bar = tqdm(total=total, desc=self.name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
         """With --resume: weights, optimizer, generators and loop state of the last checkpoint that can be read."""
@@ -1378,6 +1392,8 @@ class Run:
                     model = model.merge_and_unload()
                 model.save_pretrained(part)
                 self.tokenizer.save_pretrained(part)
+                if merge:
+                    (part / "README.md").write_text(model_card(self.args, self.name), encoding="utf-8")
                 for path in part.rglob("adapter_config.json"):  # peft keeps a set, whose order differs from run to run
                     config = json.loads(path.read_text())
                     config["target_modules"] = sorted(config["target_modules"])

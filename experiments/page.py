@@ -47,6 +47,7 @@ YARDSTICKS = {
 
 
 MARK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
+PAGES = ("EXPERIMENTS.md", "README.md", "docs/faults.md", "docs/toy.md")
 NOT_YET = "*Not run yet.*"
 
 
@@ -396,7 +397,7 @@ def answer_ppo(found: Found) -> str:
         f"**Answer.** DVPO's gold reward is {against(found, 'dvpo', 'ppo', *GOLD)}, at a KL of {kl('dvpo')} against {kl('ppo')}; where "
         f"rollouts first come to a KL of {level:.1f} nats it is {word(gap)} PPO's ({shown(gap)}). It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
         f"{len(steps)} seeds.{trouble} The paper's own advantage, `q`, is {against(found, 'dvpo_q', 'ppo', *GOLD)}. What DVPO saves is the critic, the "
-        "reward model and half of an update (README), not steps."
+        "reward model and half of an update ([docs/ppo_to_dvpo.md](docs/ppo_to_dvpo.md)), not steps."
     )  # fmt: skip
 
 
@@ -478,7 +479,7 @@ def answer_baselines(found: Found) -> str:
 
 
 def claims(found: Found) -> str:
-    """The README's findings."""
+    """The findings in short, at the head of EXPERIMENTS.md."""
     return "\n".join(
         f"- {text}"
         for text in (
@@ -562,7 +563,7 @@ def rewritten(text: str, made: dict) -> str:
 
 def main():
     made, wrong = tables(), []
-    for name in ("EXPERIMENTS.md", "README.md", "docs/faults.md"):
+    for name in PAGES:
         path = ROOT / name
         if not path.is_file():
             continue

@@ -12,16 +12,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import page
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8").replace("−", "-")
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "EXPERIMENTS.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+BOOK = {path.name: path.read_text(encoding="utf-8").replace("−", "-") for path in PAGES}
 
 
-def numbers(start: str) -> list[float]:
-    """The numbers of the one table row that starts so, from its second cell on."""
-    row = next(line for line in README.splitlines() if line.startswith(f"| {start}"))
+def numbers(page: str, start: str) -> list[float]:
+    """The numbers of the one table row of a page that starts so, from its second cell on."""
+    row = next(line for line in BOOK[page].splitlines() if line.startswith(f"| {start}"))
     return [float(x) for x in re.findall(r"-?\d+\.\d+", row.split("|", 2)[2])]
 
 
-@pytest.mark.parametrize("name", ["README.md", "EXPERIMENTS.md", "docs/faults.md"])
+@pytest.mark.parametrize("name", page.PAGES)
 def test_tables_are_those_of_the_result_files(name):
     """Every table and every sentence with numbers between marks, letter by letter."""
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -41,13 +48,13 @@ def test_kernels():
     products = {1: first, 3: first + second + third, 4: 2 * first + second + third}
     shown = 0
     for name, row in shape["methods"].items():
-        if f"| {name} |" not in README:
+        if f"| {name} |" not in BOOK["kernels.md"]:
             continue
         forward, both = statistics.median(row["forward"]), statistics.median(row["both"])
         count = row["products"]
         expected = [forward, forward / products[1], both, both / products[count]]
-        assert numbers(f"{name} |") == [round(x, 2) for x in expected], name
-        assert f"× {count}) | {row['memory']['both'] / 2**20:.0f} MiB" in README
+        assert numbers("kernels.md", f"{name} |") == [round(x, 2) for x in expected], name
+        assert f"× {count}) | {row['memory']['both'] / 2**20:.0f} MiB" in BOOK["kernels.md"]
         shown += 1
     assert shown >= 4
 
@@ -63,7 +70,7 @@ def test_steps(start, algo, shared):
     expected = [round(seconds["update"], 1), round(ratio["update"], 2)]
     expected += [round(seconds["scoring"] + seconds["update"], 1), round(ratio["scoring_update"], 2)]
     expected += [round(seconds["total"], 1), round(ratio["total"], 2), round(ratio["memory"], 2)]
-    assert numbers(start) == expected and found["commit"] in README
+    assert numbers("ppo_to_dvpo.md", start) == expected and found["commit"] in BOOK["ppo_to_dvpo.md"]
 
 
 def test_steps_one_by_one():
@@ -73,7 +80,7 @@ def test_steps_one_by_one():
     for shared, text in ((False, "lies between {} and {}"), (True, "`--share_backbone` between {} and {}")):
         pairs = zip(both(rows["dvpo", shared]), both(rows["ppo", False]), strict=True)
         ratios = sorted(f"{ours / ppo:.2f}" for ours, ppo in pairs)
-        assert text.format(ratios[0], ratios[-1]) in README, ratios
+        assert text.format(ratios[0], ratios[-1]) in BOOK["ppo_to_dvpo.md"], ratios
 
 
 def test_lora():
@@ -88,8 +95,7 @@ def test_lora():
 
 def test_the_diff_from_ppo_to_dvpo_is_the_real_one():
     """Lines with - stand in ppo.py alone, lines with + in dvpo.py alone, the others in both; each hunk in this order."""
-    section = README[README.index("## From PPO to DVPO") :].split("\n## ")[0]
-    hunks = re.findall(r"```diff\n(.*?)```", section, re.S)
+    hunks = re.findall(r"```diff\n(.*?)```", BOOK["ppo_to_dvpo.md"], re.S)
     files = {name: (ROOT / f"{name}.py").read_text().splitlines() for name in ("ppo", "dvpo")}
     assert len(hunks) == 4
     for hunk in hunks:
@@ -104,13 +110,22 @@ def test_the_diff_from_ppo_to_dvpo_is_the_real_one():
                     at += files[name][at:].index(text) + 1
 
 
-def test_what_it_names_exists():
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
-    for path in re.findall(r"\b[\w/]+\.py\b", README):
-        assert (ROOT / path).is_file(), path
-    for target in re.findall(r"`?make ([\w-]+)", README):
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_what_it_names_exists(path):
+    text = BOOK[path.name]
+    for name in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+        assert (path.parent / name).is_file(), name
+    for name in re.findall(r"(?<![\w/.-])(?:eval/|bench/|experiments/|tests/|kernels/)?\w+\.py\b", text):
+        assert (ROOT / name).is_file() or name in THEIRS, name
+    for target in re.findall(r"`?make ([\w-]+)`", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+THEIRS = ("check.py", "my_dvpo.py", "mine.py", "x.py", "a.py", "b.py", "file.py")  # files of the reader
+
+
+def test_the_readme_is_short():
+    assert len(BOOK["README.md"].splitlines()) < 200
 
 
 def peers_table() -> str:

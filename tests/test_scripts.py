@@ -102,6 +102,12 @@ def test_a_run_from_the_command_line(runs, script):
     model, loading = auto.from_pretrained(folder / "final", output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     chat = [{"role": "user", "content": toy.prompts("heldout")[0]}]
+    card = (folder / "final" / "README.md").read_text()
+    assert (
+        card.startswith("---\nlibrary_name: transformers\n")
+        and f"`{script}.py` of lean-rlhf" in card
+        and "| `--seed` | `0` |" in card
+    )
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     width = model.config.vocab_size if script not in KIND else 1
     with torch.no_grad():
@@ -438,3 +444,12 @@ def test_an_earlier_run_is_moved_aside_and_kept(home, tmp_path, capfd):
              for name in ("out.1", "out.2", "out")]  # fmt: skip
     assert rates == [0.001, 0.002, 0.003] and (tmp_path / "out.1" / "final" / "config.json").exists()
     assert f"moved to {out}.2" in capfd.readouterr().out
+
+
+def test_a_saved_policy_can_be_talked_to(runs):
+    """The stock pipeline, as `transformers chat` and `serve` use it."""
+    import transformers
+
+    chat = transformers.pipeline("text-generation", str(runs[0] / "dvpo" / "final"), max_new_tokens=8, do_sample=False)
+    (found,) = chat([{"role": "user", "content": toy.prompts("heldout")[0]}])
+    assert found["generated_text"][-1]["role"] == "assistant" and len(found["generated_text"]) == 2
