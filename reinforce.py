@@ -271,7 +271,7 @@ def log_ratio(logp, old_logp, mask, ratio: str = "token"):
     if ratio == "token":
         return own
     total = own.sum(1, keepdim=True) / (mask.sum(1, keepdim=True).clamp(min=1) if ratio == "gspo" else 1)
-    return total * mask
+    return total.clamp(max=80) * mask  # e^89 is inf in fp32, with a gradient of NaN even where it is clipped
 
 
 def policy_loss(

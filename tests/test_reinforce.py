@@ -230,6 +230,14 @@ def test_ratios_by_hand():
         assert found[2].tolist() == [1, 1, 1]
 
 
+def test_a_long_response_whose_ratio_no_float_holds_is_clipped_as_any():
+    logp, mask = torch.full((1, 1000), 0.1, requires_grad=True), torch.ones(1, 1000, dtype=torch.bool)
+    settings = {"ratio": "sequence", "clip_high": 0.5}
+    loss, clipped = reinforce.policy_loss(logp, torch.zeros(1, 1000), mask / 1000, mask, 1, **settings)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(-1.5, rel=1e-5) and int(clipped) == 1000 and not logp.grad.any()
+
+
 def test_on_policy_a_response_as_one_action_has_the_gradient_of_its_log_prob():
     """RLOO: mean of A grad log pi(y), whose part per token PPO divides by all tokens, and GSPO by the response's own."""
     lengths, mask, noise = ragged(4)
