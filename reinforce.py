@@ -8,15 +8,38 @@ model. With r(x, y) standardised and kl_t = log pi_old(y_t) - log pi_ref(y_t), t
     rloo         A_t = R_i - mean of the R_j of the other n - 1 responses, R = r(x, y) - beta sum_k kl_k
     grpo         A_t = (r_i - mean of the n) / (std of the n + 1e-4), the KL is not in it
     reinforce++  A_t = normalize(r(x, y) - beta sum_{k>=t} kl_k), over all response tokens of the rollout
-    L = -sum_t m_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / sum_t m_t                          `dvpo_loss`
-    A_t is weighted by min(pi_old / pi_engine, cap) under --tis_cap                                     `truncated_weights`
+    L = -sum_t m_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / sum_t m_t           `dvpo_loss`, by `policy_loss`
+    A_t is weighted by min(pi_old / pi_engine, cap) under --tis_cap, as --ratio has it               `truncated_weights`
     L_KL = beta sum_t m_t (e^-d - 1 + d) / sum_t m_t,   d = log pi(y_t) - log pi_ref(y_t),   grpo alone     `k3_loss`
 
+What later papers change in L, a flag each; an optimizer step has N responses y, of D tokens in all:
+
+    --ratio            rho_t = pi(y_t) / pi_old(y_t), or for all t of a response                           `log_ratio`
+                       sequence: pi(y) / pi_old(y); gspo: (pi(y) / pi_old(y))^(1 / |y|)
+    --clip_high        clip(rho_t, 1 - eps, 1 + eps_high)
+    --objective cispo  L = -sum_t m_t sg(clip(rho_t, 1 - eps, 1 + eps_high)) A_t log pi(y_t) / sum_t m_t, sg: a constant
+    --no_group_std     A_t = r_i - mean of the n, for grpo
+    --loss_mean        token: sum_t / D; sequence: sum_t / (|y| N); sum: sum_t / (max_response_tokens N)
+
+    paper                          flags                                                   TRL's loss_type, and more
+    RLOO, Ahmadian et al. 2024     --baseline rloo --ratio sequence --loss_mean sequence   RLOOTrainer
+    GRPO, Shao et al. 2024         --baseline grpo --loss_mean sequence                    grpo
+    Dr. GRPO, Liu et al. 2025      --baseline grpo --loss_mean sum --no_group_std          dr_grpo, scale_rewards none
+    DAPO, Yu et al. 2025           --baseline grpo --clip_high 0.28                        dapo, epsilon_high 0.28
+    GSPO, Zheng et al. 2025        --baseline grpo --ratio gspo --loss_mean sequence       grpo, importance sampling
+                                   --clip 3e-4 --clip_high 4e-4                            at level sequence
+    CISPO, MiniMax-M1 2025         --baseline grpo --objective cispo --clip 1              cispo, epsilon_high 5
+                                   --clip_high 4
+
+The last four have no KL: --kl_coef 0 --kl_target 0. DAPO's dynamic sampling and penalty on length are not here. CISPO's
+paper sets no lower bound, which is --clip 1, and tunes the upper one; 5 is that of ScaleRL (Khatri et al. 2025), in TRL
+the bound itself. TRL's bnpo is a mean over one micro-batch's tokens: here no loss depends on how a step is split.
+
 Where the KL goes: into the reward, as a return-to-go (remax, reinforce++) or whole (rloo), or into the loss (grpo; k3).
-What is clipped: each token's ratio, as in PPO, for all four. That is the papers' for grpo and reinforce++; ReMax and
-RLOO take one unclipped step per rollout, which is --ppo_epochs 1 with --batch_size equal to --rollout_batch_size: the
-ratio is then 1. Losses are means over all response tokens; --loss_mean response takes the mean of each response's mean,
-as the GRPO paper does, which gives a token of a long response less weight.
+What is clipped: each token's ratio, as in PPO, for all four unless --ratio says otherwise. That is the papers' for grpo
+and reinforce++; ReMax and RLOO take one unclipped step per rollout, which is --ppo_epochs 1 with --batch_size equal to
+--rollout_batch_size: the ratio is then 1, and the gradients of --ratio token (with --loss_mean token) and sequence differ
+by the factor D / N alone. --loss_mean sequence gives a token of a long response less weight.
 
 What differs from ppo.py: no critic, hence no values, no gae and no second optimizer; several responses to a prompt, or
 a greedy one beside each. A token is credited with all that comes of its response.
@@ -121,8 +144,17 @@ class Args:
     """passes over each rollout"""
     clip: float = 0.2
     """PPO's clipping parameter eps"""
-    loss_mean: Literal["token", "response"] = "token"
-    """what the loss is a mean of: all response tokens, or each response's own mean (1/|o| of the GRPO paper)"""
+    clip_high: float = 0.0
+    """the clipping parameter of ratios above 1 (DAPO's clip-higher); 0: that of clip"""
+    objective: Literal["ppo", "cispo"] = "ppo"
+    """the clipped objective, or the log-probs weighted by the clipped ratio, under which no token loses its gradient"""
+    ratio: Literal["token", "sequence", "gspo"] = "token"
+    """the importance ratio: of each token; of the whole response, one action; of that to the power 1 / length (GSPO)"""
+    loss_mean: Literal["token", "sequence", "sum"] = "token"
+    """what the loss is: the mean of all response tokens; of each response's own mean (1/|o| of the GRPO paper); or the
+    sum over tokens by the most that there could be, max_response_tokens a response (Dr. GRPO)"""
+    group_std: bool = True
+    """grpo divides by the standard deviation of a prompt's rewards; --no_group_std does not (Dr. GRPO)"""
     kl_coef: float = 0.05
     """beta, the strength of the KL, in units of the standardised reward, for grpo of the advantage"""
     kl_target: float = 0.0
@@ -202,24 +234,27 @@ def leave_one_out(reward, n: int):
     return (groups - (groups.sum(1, keepdim=True) - groups) / (n - 1)).flatten()
 
 
-def group_normalize(reward, n: int):
-    """(r - mean) / (std + 1e-4) over the n responses of each prompt, std with ddof 1; all equal: 0."""
+def group_normalize(reward, n: int, std: bool = True):
+    """(r - mean) / (std + 1e-4) over the n responses of each prompt, std with ddof 1; all equal: 0. Without std
+    r - mean (Dr. GRPO, Liu et al. 2025, section 3)."""
     groups = reward.view(-1, n)
-    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + 1e-4) if std else centred).flatten()
 
 
-def reward_advantages(reward, kl, mask, *, baseline: str, n: int = 1, greedy=None, kl_coef: float = 0.0):
+def reward_advantages(reward, kl, mask, *, baseline: str, n=1, greedy=None, kl_coef: float = 0.0, group_std=True):
     """Advantages (B, T) of a whole rollout, all ranks; 0 where masked.
 
     reward (B,), a prompt's n beside each other, kl (B, T) = old_logp - ref_logp, mask (B, T) bool; greedy (B,): the
-    rewards of the greedy responses, for remax."""
+    rewards of the greedy responses, for remax; group_std: grpo divides by it."""
     kl_to_go = kl_coef * discounted_sum(kl * mask, 1.0)
     if baseline == "remax":
         return ((reward - greedy)[:, None] - kl_to_go) * mask
     if baseline == "reinforce++":
         return normalize_values(reward[:, None] - kl_to_go, mask)
-    credit = leave_one_out(reward - kl_to_go[:, 0], n) if baseline == "rloo" else group_normalize(reward, n)
-    return credit[:, None] * mask
+    if baseline == "rloo":
+        return leave_one_out(reward - kl_to_go[:, 0], n)[:, None] * mask
+    return group_normalize(reward, n, group_std)[:, None] * mask
 
 
 # Copied from dvpo.dvpo_loss
@@ -230,6 +265,35 @@ def dvpo_loss(logp, old_logp, advantage, mask, normalizer, *, clip: float = 0.2)
     unclipped, clipped = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
     loss = -(torch.minimum(unclipped, clipped) * mask).sum() / normalizer
     return loss, ((clipped < unclipped) & mask).sum()
+
+
+def log_ratio(logp, old_logp, mask, ratio: str = "token"):
+    """(B, T) log of the importance ratio that each token has in the loss, 0 where masked; a row is a whole response.
+
+    token: its own, log pi(y_t) - log pi_old(y_t). sequence: the sum of these over the response, for all its tokens; the
+    response is one action (RLOO, Ahmadian et al. 2024). gspo: their mean (GSPO, Zheng et al. 2025, eq. 7)."""
+    own = (logp - old_logp) * mask
+    if ratio == "token":
+        return own
+    total = own.sum(1, keepdim=True) / (mask.sum(1, keepdim=True).clamp(min=1) if ratio == "gspo" else 1)
+    return total.clamp(max=80) * mask  # e^89 is inf in fp32, with a gradient of NaN even where it is clipped
+
+
+def policy_loss(
+    logp, old_logp, advantage, mask, normalizer, *, clip=0.2, clip_high=0.0, objective="ppo", ratio="token"
+):  # fmt: skip
+    """`dvpo_loss` with the ratios of `log_ratio` and a bound of its own above 1 (DAPO, Yu et al. 2025, section 3.1; 0:
+    that of `clip`). (B, T) each, advantage with the tokens' weights in it; (loss, clipped tokens), both sums as there.
+
+    cispo: -sum sg(clip(rho, 1 - clip, 1 + clip_high)) A log pi / normalizer, MiniMax-M1 eq. 4 and 5."""
+    logs, high = log_ratio(logp, old_logp, mask, ratio), clip_high or clip
+    if objective == "cispo":
+        rho = logs.detach().exp()
+        weight = rho.clamp(1 - clip, 1 + high)
+        return -(weight * advantage * logp * mask).sum() / normalizer, ((weight != rho) & mask).sum()
+    if high != clip:  # the bound above acts where A > 0 alone, the one below where A < 0
+        clip = clip + (high - clip) * (advantage > 0).to(advantage.dtype)
+    return dvpo_loss(logs, 0.0, advantage, mask, normalizer, clip=clip)
 
 
 def k3_loss(logp, ref_logp, weight, normalizer):
@@ -663,6 +727,13 @@ def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
     n = args.n if args.n > 0 else {"rloo": 4, "grpo": 4}.get(args.baseline, 1)
+    if args.ratio != "token" and not (
+        args.baseline in ("rloo", "grpo") and (args.objective, args.loss_mean) == ("ppo", "sequence")
+    ):
+        stop(f"--ratio {args.ratio} makes one term of each response: give --baseline rloo or grpo, --objective ppo and "
+             "--loss_mean sequence with it")  # fmt: skip
+    if args.baseline != "grpo" and not args.group_std:
+        stop(f"--no_group_std is for --baseline grpo: {args.baseline} divides by no standard deviation of a group")
     if n == 1 and args.baseline in ("rloo", "grpo"):
         stop(f"--baseline {args.baseline} compares the responses to a prompt: --n must be 2 or more")
     if args.rollout_batch_size % n:
@@ -733,10 +804,10 @@ def train(args: Args) -> Path:
         lengths = torch.tensor([len(response) for response in responses], device=device)
         mask = torch.arange(width, device=device) < lengths[:, None]
         kl = old_logp - ref_logp
-        advantage = reward_advantages(
-            score, kl, mask, baseline=args.baseline, n=n, greedy=greedy, kl_coef=run.state["kl_coef"]
-        )
-        weight = mask / lengths[:, None] if args.loss_mean == "response" else mask.float()
+        beta = run.state["kl_coef"]
+        advantage = reward_advantages(score, kl, mask, baseline=args.baseline, n=n, greedy=greedy, kl_coef=beta,
+                                      group_std=args.group_std)  # fmt: skip
+        weight = mask / lengths[:, None] if args.loss_mean == "sequence" else mask.float()
         clock.append(now(device))
 
         loss_sum, clipped_sum, useful = torch.zeros((), device=device), torch.zeros((), device=device), []
@@ -745,6 +816,7 @@ def train(args: Args) -> Path:
             for first in range(0, len(responses), args.batch_size):
                 batch = [(prompts[i], responses[i], i) for i in shuffle[first : first + args.batch_size]]
                 of = sum(len(r) for _, r, _ in batch) if args.loss_mean == "token" else len(batch)
+                of *= args.max_response_tokens if args.loss_mean == "sum" else 1
                 update = ((step * args.ppo_epochs + epoch) * len(responses) + first) // args.batch_size
                 engine.set_rate(args.learning_rate * schedule(update, 1, args.warmup_steps, "constant"))
                 micros, share = micro_batches(batch, rank, world, args)
@@ -758,10 +830,14 @@ def train(args: Args) -> Path:
                     if single:
                         old_logp[:, :cut].index_add_(0, index, logp.detach())
                     old = logp.detach() if single else old_logp[index, :cut]
-                    adv = adv * w * truncated_weights(old, drawn_at, inputs.response_mask, args.tis_cap)
-                    loss, clipped = dvpo_loss(logp, old, adv, inputs.response_mask, of, clip=args.clip)
+                    off = log_ratio(old, drawn_at, inputs.response_mask, args.ratio)  # the engine's, of the same kind
+                    adv = adv * w * truncated_weights(off, 0.0, inputs.response_mask, args.tis_cap)
+                    loss, clipped = policy_loss(
+                        logp, old, adv, inputs.response_mask, of, clip=args.clip, clip_high=args.clip_high,
+                        objective=args.objective, ratio=args.ratio,
+                    )  # fmt: skip
                     if args.baseline == "grpo":
-                        loss = loss + run.state["kl_coef"] * k3_loss(logp, ref, w, of)
+                        loss = loss + beta * k3_loss(logp, ref, w, of)
                     engine.backward(loss, last=micro is micros[-1])
                     loss_sum += loss.detach()
                     clipped_sum += clipped
