@@ -4,8 +4,10 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -47,7 +49,7 @@ def commands() -> list[tuple[str, list[str]]]:
     found = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
-            for line in block.replace("\\\n", " ").splitlines():
+            for line in block.replace("\\\n", " ").replace("$seed", "0").splitlines():
                 words = [[]]
                 for word in shlex.split(line, comments=True):
                     words[-1].append(word) if word not in ("&&", "||", ";", "|") else words.append([])
@@ -202,3 +204,39 @@ def test_losses_before_the_first_update(home, tmp_path):
     assert abs(row["forward_kl"]) < 1e-4 and row["reweighted_kl"] < 1e-4
     row = first("ppo")
     assert row["start_value"] == 0 and abs(row["kl"]) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------ a fork, as printed
+def test_the_ablation_of_the_page_on_forking_is_run_as_printed(tmp_path):
+    """Its cp, its edit, its two runs and its verdict, but for few steps; the fork lies in a folder of its own."""
+    import test_invariants as tiny
+
+    page = (ROOT / "docs" / "forking.md").read_text(encoding="utf-8")
+    (edit,) = re.findall(r"```diff\n-(.*)\n\+(.*)\n```", page)
+    real = (ROOT / "dvpo.py").read_text()
+    assert real.count(f"{edit[0]}\n") == 1
+    (tmp_path / "forks").mkdir()
+    fork = tmp_path / "forks" / "my_dvpo.py"
+    fork.write_text(real.replace(edit[0], edit[1]))
+    home = getattr(tiny.home, "__wrapped__", None) or tiny.home._get_wrapped_function()
+    home = home(type("Factory", (), {"mktemp": staticmethod(lambda x: (tmp_path / x).mkdir() or tmp_path / x)}))
+    flags = f"--policy {home}/base --gvm {home}/gvm/final --data {home}/prompts.jsonl --steps 2 --rollout_batch_size 6 --batch_size 3".split()
+    flags += ["--max_response_tokens", "8", "--learning_rate", "0.01"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for script, name in ((ROOT / "dvpo.py", "dvpo"), (fork, "my_dvpo")):
+        for seed in ("0", "1"):
+            words = [
+                sys.executable,
+                str(script),
+                *flags,
+                "--seed",
+                seed,
+                "--output_dir",
+                str(tmp_path / f"{name}-{seed}"),
+            ]
+            subprocess.run(words, cwd=tmp_path, env=env, check=True, capture_output=True)
+    (line,) = [line for line in page.splitlines() if line.startswith("python eval/compare.py")]
+    words = line.replace("runs/", f"{tmp_path}/").replace("python ", f"{sys.executable} {ROOT}/")
+    done = subprocess.run(words, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)  # noqa: S602
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "compare" / "compare.html").is_file() and "2 seeds" in done.stdout
