@@ -2036,8 +2036,9 @@ class Run:
                     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
                 replace(folder, part)
 
-    def finish(self, **summary) -> Path:
-        """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter)."""
+    def finish(self, found: str = "", **summary) -> Path:
+        """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter), and
+        summary.json; says what was `found`."""
         self.flush()
         with writing(self.folder / "final"):
             self.write(self.folder / "final", merge=True)
@@ -2054,8 +2055,9 @@ class Run:
                     json.dumps(summary, indent=2) + "\n",
                 )
             _lock.clear()
-            shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
-            print(f"{self.folder / 'final'}: " + ", ".join(shown))
+            print(
+                f"{self.folder / 'final'}: {self.step} steps in {spent['seconds']:.0f} s, {spent['peak_memory_mb']} MB at most{found}"
+            )
         _begun.clear()
         gather_lists([], self.world)
         return self.folder / "final"

@@ -323,7 +323,9 @@ def train(args: Args) -> Path:
     config.reward_mean, config.reward_std = float(rewards.mean()), float(rewards.std(correction=0))
     held = [(found[i], questions[i][2]) for i in some if asked[i] in held_out]
     wins = [rewards[i] > rewards[j] for rewards, scores in held for i, j in ordered_pairs(scores)]
-    return run.finish(accuracy=round(sum(wins) / len(wins), 4) if wins else None)
+    accuracy = round(sum(wins) / len(wins), 4) if wins else None
+    said = f"; orders {accuracy:.1%} of {len(wins)} held-out pairs as their scores do" if wins else ""
+    return run.finish(said, accuracy=accuracy)
 
 
 def main(argv=None):
@@ -1424,8 +1426,9 @@ class Run:
                     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
                 replace(folder, part)
 
-    def finish(self, **summary) -> Path:
-        """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter)."""
+    def finish(self, found: str = "", **summary) -> Path:
+        """Writes final/: a plain Hugging Face folder (a LoRA run's adapter is merged, and kept in final/adapter), and
+        summary.json; says what was `found`."""
         self.flush()
         with writing(self.folder / "final"):
             self.write(self.folder / "final", merge=True)
@@ -1442,8 +1445,9 @@ class Run:
                     json.dumps(summary, indent=2) + "\n",
                 )
             _lock.clear()
-            shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items())
-            print(f"{self.folder / 'final'}: " + ", ".join(shown))
+            print(
+                f"{self.folder / 'final'}: {self.step} steps in {spent['seconds']:.0f} s, {spent['peak_memory_mb']} MB at most{found}"
+            )
         _begun.clear()
         gather_lists([], self.world)
         return self.folder / "final"

@@ -94,7 +94,8 @@ def test_a_run_from_the_command_line(runs, script):
     summary, args = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "args"))
     assert summary["steps"] == steps == args["steps"] and all(map(finite, summary.values()))
     assert set(args) == {field.name for field in dataclasses.fields(SCRIPTS[script].Args)}
-    assert f"runs/{script}/final" in done.stdout  # the closing line says where the model is
+    assert f"runs/{script}/final: {steps} steps in " in done.stdout  # where the model is, and in words what was found
+    assert ("held-out pairs as their scores do" in done.stdout) == (script in ("rm", "gvm"))
     assert (folder / "samples.jsonl").exists() == (script in ROLLOUT)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "final")
