@@ -148,7 +148,8 @@ def differing(sides: list[list[Run]]) -> list[tuple[str, str, str]]:
 def mixed(runs: list[Run]) -> list[str]:
     """Flags that differ among the runs of one side, but for seeds and places."""
     keys = {key: None for run in runs for key in run.args if key not in ("seed", "output_dir", "resume")}
-    return [f"{key} ({told(runs, key)})" for key in keys if len(values(runs, key)) > 1 < len(values(runs, key, False))]
+    alike = lambda key: any(len(values(runs, key, how)) == 1 for how in (True, False))
+    return [f"{key} ({told(runs, key)})" for key in keys if not alike(key)]
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers

@@ -661,9 +661,11 @@ main>section path:not(.figure *){fill:none} .axis{stroke:var(--line)} .zero{stro
 .legend i{width:170px;height:14px;border-radius:3px} .legend svg{margin-left:.8rem}
 .who div{display:flex;gap:.6rem;align-items:center;overflow-wrap:anywhere} .who svg{flex:none}
 .sides td:nth-child(n+2){white-space:normal} .interval{white-space:nowrap}
+@media(max-width:600px){.sides td:first-child{min-width:6.6rem}
+  .numbers.sides :is(thead th,td):nth-child(n){text-align:left;padding:.38rem .25rem}}
 .legend .word{margin-left:.8rem;padding:.15rem .5rem;font-size:.82rem;color:var(--fg)}
 details{margin:.6rem 0;font-size:.9rem} summary{cursor:pointer;color:var(--soft)} summary:hover{color:var(--fg)}
-.text td{overflow-wrap:anywhere} .flags td:first-child{overflow-wrap:normal}
+.text td{overflow-wrap:anywhere} .flags td:first-child{overflow-wrap:normal} .flags td:nth-child(n+2){min-width:5.5rem}
 .samples :is(th,td):nth-child(odd):not(:first-child){text-align:right;white-space:nowrap}
 .samples{table-layout:fixed} .samples th:first-child{width:25%}
 .samples th:nth-child(odd):not(:first-child){width:4.6rem}
@@ -770,11 +772,11 @@ def digits_of(*values: float, significant: int = 3) -> int:
 
 
 def precise(x: float, digits: int, sign: bool = False) -> str:
-    """`num`, and as 4.14e−7 what needs more than 6 digits."""
+    """`num`, and as 4.14e−7 what needs more than 6 digits after the point, or 8 before it."""
     if not math.isfinite(x):
         return "–"
-    if digits <= 6 or not x:
-        return num(x, min(digits, 6), sign)
+    if (digits <= 6 and abs(x) < 1e7) or not x:
+        return num(x, digits if digits <= 6 else 0, sign)
     mantissa, power = f"{abs(x):.2e}".split("e")
     return ("−" if x < 0 else "+" if sign else "") + f"{mantissa}e{num(int(power), 0)}"
 
@@ -801,12 +803,14 @@ def draw_metric(sides: list[list[Run]], metric: str, axis, ink: str):
     """One metric of one side of runs or two: thin the single runs, thick their mean, shaded its 95 % interval."""
     bands = []
     for runs, colour, line in zip(sides, (ink, CONTRAST), (SOLID, DASHED)):
-        lines = [curve(run, metric) for run in runs if metric in run.curves]
+        lines = [curve(run, metric) for run in runs if np.isfinite(run.curves.get(metric, math.nan)).any()]
         for x, raw, mean in lines:
             axis.plot(x, raw if len(lines) == 1 else mean, color=colour, linewidth=0.8, alpha=0.5)
         # the mean where all have steps, so that no run's end bends it
         first, last = max(x[0] for x, _, _ in lines), min(x[-1] for x, _, _ in lines)
         at = [x for x in lines[0][0] if first <= x <= last]
+        if not at:
+            continue
         rows = np.array([np.interp(at, x, mean) for x, _, mean in lines])
         dots = {"marker": "o", "markersize": 5} if len(at) == 1 else {}
         axis.plot(at, rows.mean(0), color=colour, linewidth=2, linestyle=line, **dots)
