@@ -10,6 +10,7 @@ escaped: only a `Raw` string, built here, reaches the page as HTML. To compare r
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import json
@@ -781,6 +782,7 @@ def precise(x: float, digits: int, sign: bool = False) -> str:
     return ("−" if x < 0 else "+" if sign else "") + f"{mantissa}e{num(int(power), 0)}"
 
 
+@functools.cache
 def t95(freedom: float) -> float:
     """97.5 % quantile of Student's t with so many degrees of freedom (1 or more, not only whole ones): with
     t = sqrt(freedom) tan(x) its density (Student 1908) is cos(x)^(freedom - 1) dx, up to a factor."""
