@@ -321,7 +321,7 @@ def page(sides: list[list[Run]], rows: list[Row], summary: list[Row], flags: lis
                  "mean that there is no difference. Of twenty metrics that do not differ, one is above or below by chance.", "note"),
     ))  # fmt: skip
     single = any(len(runs) == 1 for runs in sides)
-    caption = ("Against steps. Thin: single runs, smoothed" + (" (the only one of its side: each step)" if single else "")
+    caption = ("Against steps. Thin: single runs, smoothed" + (" (a side's only one is not)" if single else "")
                + "; thick: their mean; shaded, from 3 runs on: its 95 % interval. "
                "Averages reach less far at a curve's ends.")  # fmt: skip
     parts.append(report.section("curves", "Curves", legend, report.p(caption, "note"),

@@ -878,14 +878,23 @@ def run_page(run: Run, rows: list[dict]) -> str:
         Raw('<div class="tiles">' + "".join(f"<div><b>{esc(a)}</b>{esc(b)}</div>" for a, b in shown) + "</div>")
     )
     if run.curves:
-        caption = p("Against steps. Thin: each step; thick: moving average.", "note")
+        size = -(-len(run.steps) // POINTS)
+        thin = "each step" if size == 1 else f"mean of {size} steps"
+        caption = p(f"Against steps. Thin: {thin}; thick: moving average, which reaches less far at its ends.", "note")
         parts.append(section("curves", "Curves", caption, panels([[run]], run.curves)))
         numbers = []
         for key, values in run.curves.items():
             ends = tail(values, first=True), tail(values), np.nanmin(values), np.nanmax(values)
             numbers.append([key, *(precise(x, digits_of(x)) for x in ends)])
-        head = ("", "first tenth of steps", "last tenth", "lowest", "highest")
-        parts.append(section("numbers", "Numbers", table(head, numbers, "numbers")))
+        head = ("", "first tenth", "last tenth", "lowest", "highest")
+        parts.append(
+            section(
+                "numbers",
+                "Numbers",
+                table(head, numbers, "numbers"),
+                p("Means of the first and the last tenth of steps.", "note"),
+            )
+        )
     parts += [found] if (found := run_samples(rows)) else []
     for title, found in (("Summary", run.summary), ("Flags", run.args)):
         lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in found.items())

@@ -274,6 +274,8 @@ def test_odd_metrics(tmp_path, capsys):
     out.encode()
     # bytes that are no text, and an empty file
     (a / "metrics.jsonl").write_bytes(b'{"step": 1, "gold": 0.5}\n\xff\xfe\n')
+    (a / "args.json").write_bytes(b'{"seed": 1, "x": "\xff"}')
+    assert report.read_run(a).args == {"seed": 1, "x": "\N{REPLACEMENT CHARACTER}"}
     assert compared([str(a)], [str(b)], tmp_path / "out", capsys)[0]["gold"].a[0] == 0.5
     (a / "metrics.jsonl").write_text("")
     assert "no numbers" in refused(["--a", str(a), "--b", str(b)], capsys)
