@@ -162,12 +162,15 @@ def test_digits():
 
 
 def test_flags(tmp_path):
-    a = [report.read_run(Path(make(tmp_path / f"a-{s}", s, kl_coef=0.1, old=1))) for s in (1, 12)]
-    b = [report.read_run(Path(make(tmp_path / f"b-{s}", s, kl_coef=0.2, data="x/y"))) for s in (1, 12, 3)]
-    # policy is runs/seed1/sft, runs/seed12/sft, ...: of the seed; 12 holds a 1 that is none
+    a = [report.read_run(Path(make(tmp_path / f"a-{s}", s, kl_coef=0.1, old=1, gvm=f"runs/{s}/v11"))) for s in (1, 12)]
+    b = [
+        report.read_run(Path(make(tmp_path / f"b-{s}", s, kl_coef=0.2, data="x/y", gvm=f"runs/{s}/v11")))
+        for s in (1, 12, 3)
+    ]
+    # policy is runs/seed1/sft, runs/seed12/sft, ...: of the seed; a 1 in v11 is none
     assert compare.differing([a, b]) == [("kl_coef", "0.1", "0.2"), ("old", "1", "–"), ("data", "–", '"x/y"')]
     assert compare.mixed(a) == [] and compare.labels([a, b]) == ["a-1*", "b-*"]
-    odd = report.read_run(Path(make(tmp_path / "odd", 4, kl_coef=0.3, old=1)))
+    odd = report.read_run(Path(make(tmp_path / "odd", 4, kl_coef=0.3, old=1, gvm="runs/4/v11")))
     assert compare.mixed([*a, odd]) == ["kl_coef (0.1, 0.3)"]
     assert (
         compare.pattern(["x"]) == "x"
