@@ -321,7 +321,7 @@ def test_what_strangers_write_is_escaped_and_runs_in_no_browser(folder, monkeypa
     line = lambda x: {"policy": x, "score": 1.0, "words": words, "q": q}
     strange = {f"{x} {i}": np.linspace(0, 1, 4) for i, x in enumerate(STRANGERS)}
     runs = [
-        report.Run(Path(f"a{x}"), {x: x, "seed": 1}, {x: i}, np.arange(4), strange, [x])
+        report.Run(Path(f"{'ab'[i > 2]}{STRANGERS[1]}{i}"), {x: x, "seed": 1}, {x: i}, np.arange(4), strange, [x])
         for i, x in enumerate(STRANGERS)
     ]
     sides, notes = [runs[:3], runs[3:]], [*STRANGERS]
