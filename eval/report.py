@@ -1,20 +1,24 @@
-"""Turn a demo folder into one page: runs/demo/results.json and the runs beside it -> runs/demo/report.html.
+"""Turn a folder into one page, report.html in it: a demo's (results.json and the runs beside it), or any run's.
 
-    python eval/report.py runs/demo
+    python eval/report.py runs/demo      after `python eval/demo.py runs/demo`
+    python eval/report.py runs/dvpo      curves of all that the run has logged, its samples, flags and summary
 
-The page is self-contained (pictures are inline SVG). `learning_curve.png`, `frontier.png` and `token_values.png` are
-written beside it, for a README. Needs `results.json`, from `python eval/demo.py runs/demo`; whatever else is missing is left out. All
-text of models and data is escaped: only a `Raw` string, built here, reaches the page as HTML.
+The page is self-contained (pictures are inline SVG). Of a demo, `learning_curve.png`, `frontier.png` and
+`token_values.png` are written beside it, for a README. Whatever is missing is left out. All text of models and data is
+escaped: only a `Raw` string, built here, reaches the page as HTML. To compare runs: eval/compare.py.
 """
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import json
+import math
 import random
 import re
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -28,8 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gvm
 import toy
 from eval import calibration, demo, program
+from eval import samples as eval_samples
 
 SAMPLES = 6  # held-out prompts whose responses are shown
+FIRST = ("gold", "reward", "score", "accuracy", "loss", "kl")  # of a run's metrics: shown before the others
+POINTS = 1000  # of a curve that is drawn: longer ones are drawn as means of equal blocks
+CONTRAST = "#d9661f"  # of the second side of a comparison; the first is drawn in the page's text colour
 INK = "#010203"  # stands for the page's text colour in a picture: `svg` turns it into currentColor
 SOLID, DASHED = "-", (0, (4, 2))
 LOOKS = {  # method -> colour, marker, line: the same in every picture; where two are alike in grey, marker or line tells them apart
@@ -652,15 +660,21 @@ main>section path:not(.figure *){fill:none} .axis{stroke:var(--line)} .zero{stro
 .up{fill:#2f7fbf} .down{fill:#d9822b}
 .legend{display:flex;flex-wrap:wrap;align-items:center;gap:.45rem;font-size:.82rem;color:var(--soft)}
 .legend i{width:170px;height:14px;border-radius:3px} .legend svg{margin-left:.8rem}
+.who div{display:flex;gap:.6rem;align-items:center;overflow-wrap:anywhere} .who svg{flex:none}
+.sides td:nth-child(n+2){white-space:normal} .interval{white-space:nowrap}
+@media(max-width:600px){.sides td:first-child{min-width:6.6rem}
+  .numbers.sides :is(thead th,td):nth-child(n){text-align:left;padding:.38rem .25rem}}
 .legend .word{margin-left:.8rem;padding:.15rem .5rem;font-size:.82rem;color:var(--fg)}
 details{margin:.6rem 0;font-size:.9rem} summary{cursor:pointer;color:var(--soft)} summary:hover{color:var(--fg)}
-.text td{overflow-wrap:anywhere}
+.text td{overflow-wrap:anywhere} .flags td:first-child{overflow-wrap:normal} .flags td:nth-child(n+2){min-width:5.5rem}
 .samples :is(th,td):nth-child(odd):not(:first-child){text-align:right;white-space:nowrap}
 .samples{table-layout:fixed} .samples th:first-child{width:25%}
 .samples th:nth-child(odd):not(:first-child){width:4.6rem}
 pre{columns:3 18rem;white-space:pre-wrap;overflow-wrap:anywhere;margin:.6rem 0 1.4rem}
 footer{margin-top:4rem;color:var(--soft);font-size:.85rem}
 code,pre{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.8rem}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18.5rem),1fr));gap:1.3rem 1.5rem;margin:1rem 0}
+.panels figure{min-width:0} .panels figcaption{color:var(--fg);font-weight:600;overflow-wrap:anywhere}
 @media print{.pair,tr,figure{break-inside:avoid}}
 """
 
@@ -674,7 +688,231 @@ INTRO = (
 )
 
 
+# ----------------------------------------------------------------------------------------------------------- any run
+
+
+@dataclass
+class Run:
+    """What a script has written into a run folder, as far as it can be read."""
+
+    folder: Path
+    args: dict
+    summary: dict  # empty until the run has come to its end
+    steps: np.ndarray  # (n,)
+    curves: dict[str, np.ndarray]  # metric -> (n,), NaN where there is no number
+    notes: list[str] = field(default_factory=list)
+
+    def until(self, step: float) -> Run:
+        """The same run when it stood there."""
+        kept = self.steps <= step
+        curves = {name: values[kept] for name, values in self.curves.items()}
+        return Run(self.folder, self.args, self.summary, self.steps[kept], curves, self.notes)
+
+
+def plain(x) -> str:
+    """A stranger's text for a terminal or a picture: what cannot be printed is shown as �."""
+    return "".join(c if c.isprintable() else "�" for c in str(x))
+
+
+def number(x) -> float:
+    """x if it is a number to draw and to average, else NaN."""
+    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e100 else math.nan
+
+
+def json_object(text: str) -> dict | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return {plain(key): value for key, value in found.items()} if isinstance(found, dict) else None
+
+
+def read_lines(path: Path) -> tuple[list[dict], int]:
+    """The objects of a .jsonl file, and how many lines are none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    found = [json_object(line) for line in lines if line.strip()]
+    return [row for row in found if row is not None], sum(row is None for row in found)
+
+
+def read_run(folder: Path) -> Run:
+    notes, files = [], {}
+    for name in ("args.json", "summary.json"):
+        text = (folder / name).read_text(encoding="utf-8", errors="replace") if (folder / name).is_file() else "{}"
+        files[name] = json_object(text)
+        if files[name] is None:
+            notes.append(f"{name} is not a JSON object: left out")
+    rows, bad = read_lines(folder / "metrics.jsonl")
+    stepped = {step: row for row in rows if not math.isnan(step := number(row.get("step")))}  # the last of a step
+    if lost := bad + sum(math.isnan(number(row.get("step"))) for row in rows):
+        notes.append(f"{lost} line{'s' * (lost > 1)} of metrics.jsonl without a step, or no JSON: left out")
+    steps = sorted(stepped)
+    curves = {}
+    for key in {key: None for step in steps for key in stepped[step] if key not in ("step", "seconds")}:
+        curves[key] = np.array([number(stepped[step].get(key)) for step in steps])
+    numbers = {key: int(np.isfinite(values).sum()) for key, values in curves.items()}
+    gaps = [f"{key} {n}" for key, n in numbers.items() if n < len(steps) and key != "skipped"]  # which few steps have
+    if gaps:
+        notes.append(f"of {len(steps)} steps so many have a number: {', '.join(gaps)}")
+    order = sorted((key for key in curves if numbers[key]), key=lambda key: FIRST.index(key) if key in FIRST else 9)
+    args, summary = files["args.json"] or {}, files["summary.json"] or {}
+    return Run(folder, args, summary, np.array(steps), {key: curves[key] for key in order}, notes)
+
+
+def tail(values: np.ndarray, first: bool = False) -> float:
+    """Mean of the last tenth of steps (of the first, if asked), one at least; NaN where none has a number."""
+    n = max(1, len(values) // 10)
+    part = values[:n] if first else values[-n:]
+    part = part[np.isfinite(part)]
+    return math.fsum(part) / len(part) if len(part) else math.nan
+
+
+def digits_of(*values: float, significant: int = 3) -> int:
+    """How many digits after the point give the largest of the values so many significant ones."""
+    scale = max((abs(x) for x in values if math.isfinite(x)), default=0.0)
+    return max(0, significant - 1 - math.floor(math.log10(scale))) if scale > 0 else 2
+
+
+def precise(x: float, digits: int, sign: bool = False) -> str:
+    """`num`, and as 4.14e−7 what needs more than 6 digits after the point, or 8 before it."""
+    if not math.isfinite(x):
+        return "–"
+    if (digits <= 6 and abs(x) < 1e7) or not x:
+        return num(x, digits if digits <= 6 else 0, sign)
+    mantissa, power = f"{abs(x):.2e}".split("e")
+    return ("−" if x < 0 else "+" if sign else "") + f"{mantissa}e{num(int(power), 0)}"
+
+
+@functools.cache
+def t95(freedom: float) -> float:
+    """97.5 % quantile of Student's t with so many degrees of freedom (1 or more, not only whole ones): with
+    t = sqrt(freedom) tan(x) its density (Student 1908) is cos(x)^(freedom - 1) dx, up to a factor."""
+    x = np.linspace(0, np.pi / 2, 200_001)
+    height = np.cos(x) ** (freedom - 1)
+    area = np.concatenate([[0], np.cumsum(height[1:] + height[:-1])])
+    return float(math.sqrt(freedom) * math.tan(np.interp(0.95, area / area[-1], x)))
+
+
+def curve(run: Run, metric: str) -> np.ndarray:
+    """(3, points): steps, values and their moving average, where there is a number."""
+    found = np.isfinite(run.curves[metric])
+    x, y = run.steps[found], run.curves[metric][found]
+    size = -(-len(x) // POINTS)
+    x, y = (np.array([part.mean() for part in np.split(v, range(size, len(v), size))]) for v in (x, y))
+    return np.array([x, y, smooth(y)])
+
+
+def draw_metric(sides: list[list[Run]], metric: str, axis, ink: str):
+    """One metric of one side of runs or two: thin the single runs, thick their mean, shaded its 95 % interval."""
+    bands = []
+    for runs, colour, line in zip(sides, (ink, CONTRAST), (SOLID, DASHED)):
+        lines = [curve(run, metric) for run in runs if np.isfinite(run.curves.get(metric, math.nan)).any()]
+        for x, raw, mean in lines:
+            axis.plot(x, raw if len(lines) == 1 else mean, color=colour, linewidth=0.8, alpha=0.5)
+        # the mean where all have steps, so that no run's end bends it
+        first, last = max(x[0] for x, _, _ in lines), min(x[-1] for x, _, _ in lines)
+        at = [x for x in lines[0][0] if first <= x <= last]
+        if not at:
+            continue
+        rows = np.array([np.interp(at, x, mean) for x, _, mean in lines])
+        dots = {"marker": "o", "markersize": 5} if len(at) == 1 else {}
+        axis.plot(at, rows.mean(0), color=colour, linewidth=2, linestyle=line, **dots)
+        if len(lines) > 2:
+            half = t95(len(lines) - 1) * rows.std(0, ddof=1) / len(lines) ** 0.5
+            bands.append((at, rows.mean(0) - half, rows.mean(0) + half, colour))
+    axis.set_ylim(axis.get_ylim())  # the lines' own
+    for at, low, high, colour in bands:
+        axis.fill_between(at, low, high, color=colour, alpha=0.16, linewidth=0)
+    axis.ticklabel_format(useOffset=False), axis.locator_params(nbins=5)
+    axis.grid(axis="y", color=ink, alpha=0.13, linewidth=0.7), axis.tick_params(length=3, width=0.7)
+
+
+def draw_panel(sides: list[list[Run]], metric: str, ink: str) -> Figure:
+    figure = Figure((4.4, 2.4), layout="constrained")
+    draw_metric(sides, metric, figure.subplots(), ink)
+    return figure
+
+
+def panels(sides: list[list[Run]], metrics) -> Raw:
+    """A picture of each metric, as many side by side as there is room for."""
+    pictures = [
+        f"<figure><figcaption>{esc(name)}</figcaption>{svg(draw_panel, sides, name, label=f'{name} against steps')}</figure>"
+        for name in metrics
+    ]
+    return Raw('<div class="panels">' + "\n".join(pictures) + "</div>")
+
+
+def run_samples(rows: list[dict]) -> Raw | None:
+    """The first responses of the first step and of the last one that samples.jsonl has."""
+    groups = {}
+    for row in rows:
+        if isinstance(row.get("response"), str):
+            groups.setdefault(number(row.get("step")), []).append(row)
+    lines = []
+    for step in list(groups)[:: max(1, len(groups) - 1)]:
+        lines.append([f"step {step:.0f}"])
+        for row in groups[step][:SAMPLES]:
+            try:
+                prompt = eval_samples.show(row.get("prompt"))
+            except (TypeError, KeyError, AttributeError, IndexError):
+                prompt = json.dumps(row.get("prompt"))
+            lines.append((prompt, row["response"]))
+    return section("samples", "Samples", table(("prompt", "response"), lines, "text")) if lines else None
+
+
+def run_page(run: Run, rows: list[dict]) -> str:
+    name = plain(run.folder.resolve().name)
+    parts = [Raw(f"<h1>{esc(name)}</h1>")]
+    if not run.summary:
+        where = f" at step {run.steps[-1]:.0f}" if len(run.steps) else ""
+        parts.append(p(f"This run has not come to its end: it is still going, or was stopped{where}.", "lead"))
+    parts += [p(note, "note") for note in run.notes]
+    shown = []
+    for key in [key for key in FIRST if key in run.curves][:3]:
+        start, end = tail(run.curves[key], first=True), tail(run.curves[key])
+        digits = min(digits_of(start, end), 4)
+        shown.append((f"{precise(start, digits)} → {precise(end, digits)}", f"{key}, first and last tenth of steps"))
+    if len(run.steps):
+        seconds = number(run.summary.get("seconds"))
+        shown.append((f"{run.steps[-1]:.0f}", f"steps, {seconds:.0f} s in all" if seconds == seconds else "steps"))
+    parts.append(
+        Raw('<div class="tiles">' + "".join(f"<div><b>{esc(a)}</b>{esc(b)}</div>" for a, b in shown) + "</div>")
+    )
+    if run.curves:
+        size = -(-len(run.steps) // POINTS)
+        thin = "each step" if size == 1 else f"mean of {size} steps"
+        caption = p(f"Against steps. Thin: {thin}; thick: moving average, which reaches less far at its ends.", "note")
+        parts.append(section("curves", "Curves", caption, panels([[run]], run.curves)))
+        numbers = []
+        for key, values in run.curves.items():
+            ends = tail(values, first=True), tail(values), np.nanmin(values), np.nanmax(values)
+            numbers.append([key, *(precise(x, digits_of(x)) for x in ends)])
+        head = ("", "first tenth", "last tenth", "lowest", "highest")
+        parts.append(
+            section(
+                "numbers",
+                "Numbers",
+                table(head, numbers, "numbers"),
+                p("Means of the first and the last tenth of steps.", "note"),
+            )
+        )
+    parts += [found] if (found := run_samples(rows)) else []
+    for title, found in (("Summary", run.summary), ("Flags", run.args)):
+        lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in found.items())
+        parts += [section(title.lower(), title, Raw(f"<pre>{esc(lines)}</pre>"))] if found else []
+    return whole(f"Run {name}", parts)
+
+
 # ---------------------------------------------------------------------------------------------------------------- page
+
+
+def whole(title: str, parts) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{esc(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
+        + "\n".join(parts)
+        + "\n</main></body></html>\n"
+    )
 
 
 def report(folder: Path) -> Path:
@@ -716,12 +954,7 @@ def report(folder: Path) -> Path:
         parts.append(samples_section(*(samples(final, tokenizer) for final in finals), best))
     parts.append(config_section(runs, results.get("seconds", {})))
     parts.append(Raw("<footer>Made by <code>python eval/report.py</code> from what the runs wrote.</footer>"))
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>DVPO in the toy world</title><style>{CSS}</style></head>\n<body><main>\n"
-    )
-    (folder / "report.html").write_text(page + "\n".join(parts) + "\n</main></body></html>\n", encoding="utf-8")
+    (folder / "report.html").write_text(whole("DVPO in the toy world", parts), encoding="utf-8")
     return folder / "report.html"
 
 
@@ -729,7 +962,13 @@ def report(folder: Path) -> Path:
 def main(argv=None):
     folder = demo.folder_of(argv, __doc__)
     if not (folder / "results.json").is_file():
-        gvm.stop(f"{folder / 'results.json'} is not there: run `python eval/demo.py {folder}` first")
+        if not any((folder / name).is_file() for name in ("metrics.jsonl", "args.json")):
+            gvm.stop(f"{folder} is no run folder (args.json, metrics.jsonl) and no demo (results.json, "
+                     f"from `python eval/demo.py {folder}`)")  # fmt: skip
+        page = run_page(read_run(folder), read_lines(folder / "samples.jsonl")[0])
+        (folder / "report.html").write_text(page, encoding="utf-8", errors="replace")
+        print(f"{folder / 'report.html'} written")
+        return
     print(f"{report(folder)} written")
 
 

@@ -1,4 +1,4 @@
-"""The report of a demo folder: escaping, its numbers and sections, and what is missing left out."""
+"""The report of a demo folder, or a run's: escaping, its numbers and sections, and what is missing left out."""
 
 import html.parser
 import json
@@ -136,8 +136,47 @@ def test_no_results(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         report.main([str(tmp_path)])
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and "eval/demo.py" in error
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "eval/demo.py" in error and "no run folder" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_any_run(tmp_path, capsys):
+    run = tmp_path / "mine"
+    run.mkdir()
+    rows = [
+        {"step": t, "seconds": t, "loss": 4.0 - t / 20, EVIL: t / 8, "kl": None if t < 5 else 0.25}
+        for t in range(1, 41)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "args.json").write_text(json.dumps({"data": EVIL, "learning_rate": 0.000123}))
+    said = [
+        {"step": t, "prompt": [{"role": "user", "content": "how ?"}], "response": f"so {t} {EVIL}"} for t in (1, 20, 40)
+    ]
+    odd = [{"step": 40, "prompt": [{"role": 1}], "response": "odd"}, {"step": 40, "response": 3}]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*said, *odd]) + "{")
+    assert report.main([str(run)]) is None
+    page = (run / "report.html").read_text()
+    seen = Tags(page).seen
+    assert [attrs["id"] for tag, attrs in seen if tag == "section"] == ["curves", "numbers", "samples", "flags"]
+    assert "script" not in {tag for tag, _ in seen} and EVIL not in page and "learning_rate = 0.000123" in page
+    assert "not come to its end" in page and "at step 40" in page and "of 40 steps so many have a number: kl 36" in page
+    cells = re.findall("<td>(.*?)</td>", page)
+    at = cells.index("loss")  # first tenth: steps 1 to 4; last: 37 to 40
+    assert cells[at + 1 : at + 5] == ["3.88", "2.08", "2.00", "3.95"] and "seconds" not in cells
+    assert (
+        page.count("<figcaption>") == 3
+        and "how ?" in page
+        and "so 1 &lt;" in page
+        and "so 20" not in page
+        and "so 40" in page
+    )
+    (run / "summary.json").write_text(json.dumps({"steps": 40, "seconds": 12.3, "accuracy": 0.789}))
+    for name in ("metrics.jsonl", "samples.jsonl"):  # as a run of sample.py has it
+        (run / name).unlink()
+    report.main([str(run)])
+    page = (run / "report.html").read_text()
+    assert [attrs["id"] for tag, attrs in Tags(page).seen if tag == "section"] == ["summary", "flags"]
+    assert "accuracy = 0.789" in page and "come to its end" not in page
 
 
 def test_token_pairs(folder):
@@ -273,15 +312,23 @@ STRANGERS = [f"<script>{OWNED}</script>", f"<img src=x onerror={OWNED}>", f"</di
 
 def test_what_strangers_write_is_escaped_and_runs_in_no_browser(folder, monkeypatch, tmp_path):
     """Texts, names, flags and grades of pages, in Chromium where it is installed."""
-    from eval import human, token_values
+    from eval import compare, human, token_values
 
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     words, q = ["", *STRANGERS], np.linspace(-1, 1, len(STRANGERS) + 1)
     real = report.samples
     monkeypatch.setattr(report, "samples", lambda *inputs: [*real(*inputs), *[(x, x, -1.5) for x in STRANGERS]])
     line = lambda x: {"policy": x, "score": 1.0, "words": words, "q": q}
+    strange = {f"{x} {i}": np.linspace(0, 1, 4) for i, x in enumerate(STRANGERS)}
+    runs = [
+        report.Run(Path(f"{'ab'[i > 2]}{STRANGERS[1]}{i}"), {x: x, "seed": 1}, {x: i}, np.arange(4), strange, [x])
+        for i, x in enumerate(STRANGERS)
+    ]
+    sides, notes = [runs[:3], runs[3:]], [*STRANGERS]
     pages = {
         "report": report.report(folder).read_text(),
+        "run": report.run_page(runs[0], [{"step": 1, "prompt": x, "response": x} for x in STRANGERS]),
+        "compare": compare.page(sides, *compare.measured(sides, notes), compare.differing(sides), notes),
         "values": token_values.page([{"prompt": x, "lines": [line(x)]} for x in STRANGERS], 1.0, STRANGERS[0]),
         "sheet": human.page([{"prompt": x, "left": x, "right": x} for x in STRANGERS], "0" * 8, STRANGERS[0]),
     }
