@@ -1,6 +1,7 @@
 """What the papers measure, as programs."""
 
 import functools
+import os
 import sys
 
 
@@ -14,6 +15,9 @@ def program(main):
         except KeyboardInterrupt:
             print("\nended by SIGINT; what was written is kept", file=sys.stderr)
             raise SystemExit(130) from None
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
         except OSError as error:
             if error.filename is None:
                 raise

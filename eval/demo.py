@@ -163,7 +163,11 @@ def folder_of(argv, doc: str) -> Path:
     """The one argument of this program and of the report."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "folder", nargs="?", default="runs/demo", type=Path, help="a demo's folder, by default runs/demo"
+        "folder",
+        nargs="?",
+        default="runs/demo",
+        type=Path,
+        help="a demo's folder (report.py: or any run's), by default runs/demo",
     )
     return parser.parse_args(argv).folder
 
