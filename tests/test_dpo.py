@@ -605,29 +605,29 @@ def test_gamma_of_the_loss(home, tmp_path, other):
             assert found[0][0]["loss"] == found[1][0]["loss"] != found[2][0]["loss"]
 
 
-RANKS = {"micro_tokens": 1, "steps": 4, "batch_size": 3, "loss": "kto"}  # of 7 rows: the last batch is of one prompt
+RANKS = {"loss": "kto", "data": "sided.jsonl", "policy": "other", "steps": 4, "batch_size": 3, "learning_rate": 2e-4}
 
 
 def ranks_main(home, folder):
     for stage in (0, 3):
-        run(home, "dpo", folder / str(stage), policy=str(home / "base"), reference=str(home / "other"), zero_stage=stage,
-            data="sided.jsonl", **RANKS)  # fmt: skip
+        settings = RANKS | {"reference": str(home / "base"), "zero_stage": stage, "micro_tokens": 1}
+        run(home, "dpo", folder / str(stage), **settings)
 
 
 def test_kto_on_two_ranks_is_that_on_one(home, tmp_path, other, sided):
-    """z0 is of all ranks and micro-batches: a rank's own would differ."""
+    """z0 is of all ranks and micro-batches: a rank's own would differ. Of seven rows the third batch has but one prompt."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
-        [*command, __file__, str(home), str(tmp_path)], capture_output=True, text=True, timeout=270,
+        [*command, __file__, str(home), str(tmp_path)], capture_output=True, text=True, timeout=400,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    one = run(home, "dpo", tmp_path / "one", reference=str(other), data=sided, **RANKS | {"micro_tokens": 4096})
+    one = run(home, "dpo", tmp_path / "one", reference=str(home / "base"), **RANKS)
     rows = metrics(one)
-    assert len({row["z0"] for row in rows}) == 4 and all(row["z0"] > 0.01 for row in rows)
+    assert sum(row["z0"] > 0.1 for row in rows) == 3 and len({row["z0"] for row in rows}) == 4
     for stage in (0, 3):
         tiny.same_metrics(rows, metrics(tmp_path / str(stage)))
         assert distance(one, tmp_path / str(stage)) < 2e-5
