@@ -1,8 +1,8 @@
-"""Preference losses on scored or ranked responses: DPO, IPO, SLiC, RRHF, the methods that VCB is compared with, and SimPO,
-ORPO, KTO.
+"""Preference losses on scored or ranked responses: DPO, IPO, SLiC, RRHF, the methods that VCB is compared with, and
+SimPO, ORPO, KTO.
 
-With sums of log-probs over a response's tokens, Delta = [log pi(y_w) - log pi_sft(y_w)] - [log pi(y_l) - log pi_sft(y_l)],
-y_w the better of two responses to a prompt, and p = log pi / length, the mean over tokens:
+With sums of log-probs over a response's tokens, y_w the better of two responses to a prompt,
+Delta = [log pi(y_w) - log pi_sft(y_w)] - [log pi(y_l) - log pi_sft(y_l)], and p = log pi / length, the mean over tokens:
 
     dpo    -log sigmoid(gamma Delta)                                      Rafailov et al. 2023          `preference_loss`
     ipo    (Delta - 1 / (2 gamma))^2                                      Azar et al. 2023, eq. 17
@@ -12,27 +12,30 @@ y_w the better of two responses to a prompt, and p = log pi / length, the mean o
     rrhf   sum over r_i > r_j of max(0, p_j - p_i) + c CE(best)           Yuan et al. 2023              `rrhf_loss`
     kto    w (1 - sigmoid(+-gamma (log [pi(y) / pi_sft(y)] - z0)))        Ethayarajh et al. 2024, eq. 8      `kto_loss`
 
-What differs from vcb.py, its sibling: only the *order* of rewards is used. SLiC, RRHF, SimPO and ORPO know no reference: its
-log-probs, read once before the first step, are for what is logged alone. SLiC, RRHF and ORPO have a cross-entropy instead,
-here the mean over the tokens of the chosen (RRHF: best) response, since data drawn from the model hold no other target. RRHF
-is a loss of a prompt, KTO of a response, the others of a pair. `--label_smoothing e` is conservative DPO (Mitchell 2023): a
-label is taken to be wrong with probability e, so that gamma Delta aims at log((1 - e) / e) and not at infinity.
+What differs from vcb.py, its sibling: only the *order* of rewards is used. SLiC, RRHF, SimPO and ORPO know no
+reference: its log-probs, read once before the first step, are for what is logged alone. SLiC, RRHF and ORPO have a
+cross-entropy instead, here the mean over the tokens of the chosen (RRHF: best) response, since data drawn from the
+model hold no other target; SimPO has nothing in its place, and a small learning rate alone keeps it near its start.
+RRHF is a loss of a prompt, KTO of a response, the others of a pair. `--label_smoothing e` is conservative DPO (Mitchell
+2023): a label is taken to be wrong with probability e, so that gamma Delta aims at log((1 - e) / e) and not at
+infinity.
 
-KTO asks of each response alone whether it is desirable (+) or not (-): here above or below the mean score of its prompt, or
-chosen and rejected. Its reference point z0 is an estimate of KL(pi || pi_sft) without a gradient: the mean log-ratio of the
-step's responses, each under the prompt of the next row of the batch (never its own, which would bias it), over all
-micro-batches and ranks, and 0 where that is negative, which is common: a policy that has learned its prompts finds strange
-answers less likely than the reference did. It costs one more forward pass a step, and one of the reference beforehand.
+KTO asks of each response alone whether it is desirable (+) or not (-): here above or below the mean score of its
+prompt, or chosen and rejected. Its reference point z0 is an estimate of KL(pi || pi_sft) without a gradient: the mean
+log-ratio of the step's responses, each under the prompt of the next row of the batch (never its own, which would bias
+it), over all micro-batches and ranks, and 0 where that is negative, which is common: a policy that has learned its
+prompts finds strange answers less likely than the reference did. It costs one more forward pass a step, and one of the
+reference beforehand.
 
-IPO has two readings. `--length_normalize no` (and auto): Delta is of whole responses, as in the paper, and gamma asks for a gap
-of 1 / (2 gamma) nats in all. `yes`: log-ratios are means over tokens, as its authors later told TRL, which has averaged since,
-so that the pull to the reference does not depend on length; gamma then asks for 1 / (2 gamma) nats *per token*, and the same
-pull on responses of T tokens needs a gamma T times as large. The first is the default: it is the loss of eq. 17, whose theory
-is of the probabilities of responses, and a mean over tokens is the log of none.
+IPO has two readings. `--length_normalize no` (and auto): Delta is of whole responses, as in the paper, and gamma asks
+for a gap of 1 / (2 gamma) nats in all. `yes`: log-ratios are means over tokens, as its authors later told TRL, which
+has averaged since, so that the pull to the reference does not depend on length; gamma then asks for 1 / (2 gamma) nats
+*per token*, and the same pull on responses of T tokens needs a gamma T times as large. The first is the default: it is
+the loss of eq. 17, whose theory is of the probabilities of responses, and a mean over tokens is the log of none.
 
 Pairs are made of graded rows (`--pair_selection`), or given as `prompt, chosen, rejected`. --length_penalty is the
-length-regularised DPO of Park et al. 2024. `--eval_as_reward_model` asks whether the implicit reward gamma log(pi / pi_sft)
-is as good as an explicit one.
+length-regularised DPO of Park et al. 2024. `--eval_as_reward_model` asks whether the implicit reward gamma log(pi /
+pi_sft) is as good as an explicit one.
 
     python dpo.py --loss ipo                                         # CPU: the toy world, runs/sample/graded.jsonl
     python dpo.py pythia-2.8b-hh --lora_r 16                         # 1 GPU
@@ -104,14 +107,14 @@ class Args:
     pair_selection: Literal["best_worst", "all", "adjacent"] = "all"
     """pairs made of n scored responses (not for rrhf and kto): the best with the worst, all, neighbours in rank"""
     gamma: float = 0.0
-    """KL strength (slic, simpo: scale of the log-probs; beta in most papers); 0 is 2 for simpo (its paper: 2 to 2.5), in the toy
-    world 1 for dpo and kto, else 0.1; rrhf and orpo have none"""
+    """KL strength (slic, simpo: scale of the log-probs; beta in most papers); 0 is 2 for simpo (its paper: 2 to 2.5), in
+    the toy world 1 for dpo and kto, else 0.1; rrhf and orpo have none"""
     label_smoothing: float = 0.0
     """dpo: the share of labels taken to be wrong, below 0.5"""
     margin: float = 1.0
     """slic's margin delta"""
     simpo_margin: float = 1.0
-    """simpo's target margin, its paper's gamma: there 0.1 to 0.8 of beta, which is --gamma here; its authors begin with 0.5"""
+    """simpo's target margin, its paper's gamma: there 0.1 to 0.8 of beta, our --gamma; its authors begin with 0.5"""
     orpo_lambda: float = 0.1
     """weight of orpo's odds-ratio loss beside the NLL of the chosen response"""
     desirable_weight: float = 1.0
@@ -121,8 +124,8 @@ class Args:
     nll_coef: float = 1.0
     """c, the weight of the cross-entropy of slic and rrhf"""
     length_normalize: Literal["auto", "yes", "no"] = "auto"
-    """divide log-ratios (slic, rrhf, simpo, orpo: log-probs) by the response's length; auto: rrhf, simpo and orpo do, as their
-    authors, the others do not; of ipo's two readings, above, it is the paper's"""
+    """divide log-ratios (slic, rrhf, simpo, orpo: log-probs) by the response's length; auto: rrhf, simpo and orpo do, as
+    their authors, the others do not; of ipo's two readings, above, it is the paper's"""
     length_penalty: float = 0.0
     """alpha of length-regularised DPO: adds alpha (|y_w| - |y_l|) to gamma Delta"""
     epochs: int = 2
@@ -208,8 +211,8 @@ def preference_loss(
     length_normalize: bool = False, length_penalty: float = 0.0, label_smoothing: float = 0.0,
     simpo_margin: float = 1.0, orpo_lambda: float = 0.1,
 ):  # fmt: skip
-    """(P,) losses of P pairs, `loss` dpo, ipo, slic, simpo or orpo. All inputs (P,): log-probs summed over tokens, lengths in
-    tokens (needed for a cross-entropy, normalisation and penalty). simpo and orpo are the papers' with `length_normalize`."""
+    """(P,) losses of P pairs, `loss` dpo, ipo, slic, simpo or orpo. All inputs (P,): log-probs summed over tokens, lengths
+    in tokens (needed for a cross-entropy, normalisation and penalty). simpo and orpo are the papers' if normalised."""
     chosen, rejected = policy_chosen_logp, policy_rejected_logp
     if loss not in REFERENCE_FREE:
         chosen, rejected = chosen - ref_chosen_logp, rejected - ref_rejected_logp
@@ -234,8 +237,8 @@ def preference_loss(
 def kto_loss(
     log_ratio, side, z0: float, *, gamma: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ):
-    """Losses of responses, any shape: log_ratio log(pi / pi_ref); side 1 for desirable, -1 for undesirable, 0 for neither,
-    whose loss is 0. KTO eq. 8: weight - v = weight (1 - sigmoid(side gamma (log_ratio - z0)))."""
+    """Losses of responses, any shape: log_ratio log(pi / pi_ref); side 1 for desirable, -1 for undesirable, 0 for
+    neither, whose loss is 0. KTO eq. 8: weight - v = weight (1 - sigmoid(side gamma (log_ratio - z0)))."""
     weight = desirable_weight * (side > 0).to(log_ratio) + undesirable_weight * (side < 0).to(log_ratio)
     return weight * torch.sigmoid(-side * gamma * (log_ratio - z0))
 
@@ -271,7 +274,8 @@ def desirability(rewards: list[float]) -> list[int]:
 
 
 def reference_point(logps, ref_logps, lengths) -> float:
-    """KTO's z0 of `mismatched` rows: max(0, mean of (log pi - log pi_ref) / length), section 4.1; length 1 gives the paper's."""
+    """KTO's z0, section 4.1, of `mismatched` rows: max(0, mean of (log pi - log pi_ref) / length), the paper's if all
+    lengths are 1."""
     ratios = [(a - b) / n for a, b, n in zip(logps, ref_logps, lengths, strict=True)]
     return max(0.0, math.fsum(ratios) / len(ratios))
 
@@ -411,8 +415,8 @@ def add_reference(groups, policy, run, tokenizer, args, rank: int, world: int, d
 
 
 def mismatched(batch: list[Group], data: list[Group]) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, response ids) of KTO's z0: the responses of the batch that have a side, each under the prompt of the next
-    row with another prompt; where the batch has but one, of such a row of the data."""
+    """(prompt ids, response ids) of KTO's z0: the responses of the batch that have a side, each under the prompt of the
+    next row with another prompt; where the batch has but one, of such a row of the data."""
     rows = []
     for i, group in enumerate(batch):
         others = itertools.chain(batch[i + 1 :], batch[:i], data)

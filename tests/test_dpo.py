@@ -380,7 +380,7 @@ def test_slic_and_rrhf_do_not_reach_what_the_table_states():
 
 # ------------------------------------------------------------------------------------- the same for the later methods
 def test_label_smoothing_asks_for_a_finite_gap():
-    """On ranked pairs DPO has no minimiser; with labels wrong at rate e it has: each pair's gamma Delta is log((1 - e) / e)."""
+    """On ranked pairs DPO has no minimiser; with labels wrong at rate e each pair's gamma Delta is log((1 - e) / e)."""
     order = REWARD.argsort(descending=True)
     i, j = order[:-1], order[1:]  # neighbours in rank: four gaps that five log-ratios can have
     value = lambda logp: dpo.preference_loss(
@@ -391,7 +391,7 @@ def test_label_smoothing_asks_for_a_finite_gap():
 
 
 def test_both_readings_of_ipo():
-    """Of responses of one length T they are one loss, the mean's gamma being T times the sum's; each asks for the gap it states."""
+    """Of responses of one length T they are one loss, the mean's gamma T times the sum's; each asks for its gap."""
     i, j = pair_index()
     length = lambda t: {"chosen_length": torch.full((len(i),), t), "rejected_length": torch.full((len(i),), t)}
 
@@ -413,7 +413,7 @@ def test_both_readings_of_ipo():
 
 
 def test_simpo_reaches_mean_logps_of_the_rewards():
-    """With Bradley-Terry's labels and no margin, log pi / length = r / gamma + c: no reference, and c as probabilities sum to 1."""
+    """With Bradley-Terry's labels and no margin, log pi / length = r / gamma + c; c makes probabilities sum to 1."""
     i, j = torch.tensor(list(itertools.permutations(range(5), 2))).unbind(1)
     tokens = torch.tensor([3.0, 1, 4, 2, 5]).double()
 
@@ -433,8 +433,8 @@ def test_simpo_reaches_mean_logps_of_the_rewards():
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 4.0])
 def test_orpo_lies_between_imitation_and_the_odds(weight):
-    """Two responses of one token, the first chosen with probability q: the log-odds ratio is 2u of u = log-odds(p), so that the
-    minimum has (p - q) + 2 lambda (sigmoid(2u) - q) = 0: p = q without the odds, odds(p)^2 = odds(q) with them alone."""
+    """Two responses of one token, the first chosen with probability q: the log-odds ratio is 2u of u = log-odds(p), so
+    that the minimum has (p - q) + 2 lambda (sigmoid(2u) - q) = 0: p = q without the odds, odds(p)^2 = odds(q) with them alone."""
     q, one = 0.8, torch.ones(2)
     i, j = torch.tensor([0, 1]), torch.tensor([1, 0])
 
@@ -457,9 +457,9 @@ def test_orpo_lies_between_imitation_and_the_odds(weight):
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 3.0)])
 def test_kto_fills_up_what_most_call_desirable(weights):
-    """Response i is called desirable with probability q_i. At gamma 1 and z0 0 sigmoid(log-ratio) is pi / (pi + ref), so that the
-    loss is concave in none of pi: sum of a_i pi_i / (pi_i + ref_i) is to be greatest, a_i = w_D q_i - w_U (1 - q_i). Hence
-    pi_i = max(0, sqrt(a_i ref_i / mu) - ref_i) for one mu, and 0 where a_i is negative: DPO's optimum keeps those."""
+    """Response i is called desirable with probability q_i. At gamma 1 and z0 0 sigmoid(log-ratio) is pi / (pi + ref), so
+    that sum of a_i pi_i / (pi_i + ref_i) is to be greatest, a_i = w_D q_i - w_U (1 - q_i), each term concave where a_i is
+    positive: pi_i = max(0, sqrt(a_i ref_i / mu) - ref_i) for one mu, and 0 where a_i is negative: the majority decides."""
     q = torch.tensor([0.6, 0.9, 0.8, 0.2, 0.7], dtype=torch.float64)
     names = dict(zip(("desirable_weight", "undesirable_weight"), weights, strict=True))
 
@@ -586,6 +586,18 @@ def test_losses_without_a_reference_do_not_see_it(home, tmp_path, other, options
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a["loss"] == b["loss"] and a["pair_gap"] != b["pair_gap"]
     assert distance(one, two) == 0
+
+
+@pytest.mark.parametrize(
+    "loss, averaged", [("simpo", "yes"), ("orpo", "yes"), ("kto", "no"), ("ipo", "no"), ("dpo", "no")]
+)
+def test_what_is_averaged_over_tokens_by_itself(home, tmp_path, other, loss, averaged):
+    common = {"loss": loss, "reference": str(other), "steps": 1}
+    first = {
+        x: metrics(run(home, "dpo", tmp_path / x, length_normalize=x, **common))[0]["loss"]
+        for x in ("auto", "yes", "no")
+    }
+    assert first["auto"] == first[averaged] and first["yes"] != first["no"]
 
 
 def test_gamma_of_the_loss(home, tmp_path, other):
