@@ -1,21 +1,41 @@
-"""Order-based preference losses on pairs of responses: DPO, IPO, SLiC, RRHF, the methods that VCB is compared with.
+"""Preference losses on scored or ranked responses: DPO, IPO, SLiC, RRHF, the methods that VCB is compared with, and
+SimPO, ORPO, KTO.
 
-With sums of log-probs over a response's tokens, Delta = [log pi(y_w) - log pi_sft(y_w)] - [log pi(y_l) - log pi_sft(y_l)],
-and y_w the better of two responses to a prompt:
+With sums of log-probs over a response's tokens, y_w the better of two responses to a prompt,
+Delta = [log pi(y_w) - log pi_sft(y_w)] - [log pi(y_l) - log pi_sft(y_l)], and p = log pi / length, the mean over tokens:
 
     dpo    -log sigmoid(gamma Delta)                                      Rafailov et al. 2023          `preference_loss`
     ipo    (Delta - 1 / (2 gamma))^2                                      Azar et al. 2023, eq. 17
     slic   max(0, margin - gamma log pi(y_w) + gamma log pi(y_l)) + c CE(y_w)        Zhao et al. 2023; VCB eq. 8
-    rrhf   sum over r_i > r_j of max(0, p_j - p_i) + c CE(best), p = log pi / length     Yuan et al. 2023       `rrhf_loss`
+    simpo  -log sigmoid(gamma (p_w - p_l) - simpo_margin)                 Meng et al. 2024, eq. 6
+    orpo   -p_w - lambda log sigmoid(log-odds(p_w) - log-odds(p_l))       Hong et al. 2024, eq. 6 and 7       `log_odds`
+    rrhf   sum over r_i > r_j of max(0, p_j - p_i) + c CE(best)           Yuan et al. 2023              `rrhf_loss`
+    kto    w (1 - sigmoid(+-gamma (log [pi(y) / pi_sft(y)] - z0)))        Ethayarajh et al. 2024, eq. 8      `kto_loss`
 
-What differs from vcb.py, its sibling: only the *order* of rewards is used. SLiC and RRHF know no reference: a cross-entropy
-holds them instead, here the mean over the tokens of the chosen (SLiC) or best (RRHF) response, since data drawn from
-the model hold no other target. RRHF is a loss of a prompt, the others of a pair.
+What differs from vcb.py, its sibling: only the *order* of rewards is used. SLiC, RRHF, SimPO and ORPO know no
+reference: its log-probs, read once before the first step, are for what is logged alone. SLiC, RRHF and ORPO have a
+cross-entropy instead, here the mean over the tokens of the chosen (RRHF: best) response, since data drawn from the
+model hold no other target; SimPO has nothing in its place, and a small learning rate alone keeps it near its start.
+RRHF is a loss of a prompt, KTO of a response, the others of a pair. `--label_smoothing e` is conservative DPO (Mitchell
+2023): a label is taken to be wrong with probability e, so that gamma Delta aims at log((1 - e) / e) and not at
+infinity.
 
-Pairs are made of graded rows (`--pair_selection`), or given as `prompt, chosen, rejected`. IPO is on sums, as its authors' loss
-is; `--length_normalize yes` divides each log-ratio by its length, as TRL does, and then gamma means something else.
---length_penalty is the length-regularised DPO of Park et al. 2024. `--eval_as_reward_model` asks whether the implicit
-reward gamma log(pi / pi_sft) is as good as an explicit one.
+KTO asks of each response alone whether it is desirable (+) or not (-): here above or below the mean score of its
+prompt, or chosen and rejected. Its reference point z0 is an estimate of KL(pi || pi_sft) without a gradient: the mean
+log-ratio of the step's responses, each under the prompt of the next row of the batch (never its own, which would bias
+it), over all micro-batches and ranks, and 0 where that is negative, which is common: a policy that has learned its
+prompts finds strange answers less likely than the reference did. It costs one more forward pass a step, and one of the
+reference beforehand.
+
+IPO has two readings. `--length_normalize no` (and auto): Delta is of whole responses, as in the paper, and gamma asks
+for a gap of 1 / (2 gamma) nats in all. `yes`: log-ratios are means over tokens, as its authors later told TRL, which
+has averaged since, so that the pull to the reference does not depend on length; gamma then asks for 1 / (2 gamma) nats
+*per token*, and the same pull on responses of T tokens needs a gamma T times as large. The first is the default: it is
+the loss of eq. 17, whose theory is of the probabilities of responses, and a mean over tokens is the log of none.
+
+Pairs are made of graded rows (`--pair_selection`), or given as `prompt, chosen, rejected`. --length_penalty is the
+length-regularised DPO of Park et al. 2024. `--eval_as_reward_model` asks whether the implicit reward gamma log(pi /
+pi_sft) is as good as an explicit one.
 
     python dpo.py --loss ipo                                         # CPU: the toy world, runs/sample/graded.jsonl
     python dpo.py pythia-2.8b-hh --lora_r 16                         # 1 GPU
@@ -44,6 +64,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import tempfile
 import threading
@@ -81,18 +102,30 @@ class Args:
     """seed of data order and dropout"""
     n: int = 0
     """take the first n responses of a row; 0 takes all"""
-    loss: Literal["dpo", "ipo", "slic", "rrhf"] = "dpo"
+    loss: Literal["dpo", "ipo", "slic", "rrhf", "simpo", "orpo", "kto"] = "dpo"
     """the loss, as above"""
     pair_selection: Literal["best_worst", "all", "adjacent"] = "all"
-    """pairs made of n scored responses (not for rrhf, which takes all): the best with the worst, all, neighbours in rank"""
+    """pairs made of n scored responses (not for rrhf and kto): the best with the worst, all, neighbours in rank"""
     gamma: float = 0.0
-    """KL strength (slic: scale of the log-probs); 0 takes the toy world's default of the loss: dpo 1, ipo 0.1, slic 0.1"""
+    """KL strength (slic, simpo: scale of the log-probs; beta in most papers); 0 is 2 for simpo (its paper: 2 to 2.5), in
+    the toy world 1 for dpo and kto, else 0.1; rrhf and orpo have none"""
+    label_smoothing: float = 0.0
+    """dpo: the share of labels taken to be wrong, below 0.5"""
     margin: float = 1.0
     """slic's margin delta"""
+    simpo_margin: float = 1.0
+    """simpo's target margin, its paper's gamma: there 0.1 to 0.8 of beta, our --gamma; its authors begin with 0.5"""
+    orpo_lambda: float = 0.1
+    """weight of orpo's odds-ratio loss beside the NLL of the chosen response"""
+    desirable_weight: float = 1.0
+    """kto: weight of desirable responses; the paper keeps weight times number, desirable to undesirable, at 1 to 4/3"""
+    undesirable_weight: float = 1.0
+    """kto: weight of undesirable responses"""
     nll_coef: float = 1.0
     """c, the weight of the cross-entropy of slic and rrhf"""
     length_normalize: Literal["auto", "yes", "no"] = "auto"
-    """divide log-ratios (slic, rrhf: log-probs) by the response's length; auto: rrhf does, as its code, the others do not"""
+    """divide log-ratios (slic, rrhf, simpo, orpo: log-probs) by the response's length; auto: rrhf, simpo and orpo do, as
+    their authors, the others do not; of ipo's two readings, above, it is the paper's"""
     length_penalty: float = 0.0
     """alpha of length-regularised DPO: adds alpha (|y_w| - |y_l|) to gamma Delta"""
     epochs: int = 2
@@ -146,7 +179,7 @@ class Args:
 
 
 PAPER = {  # what a flag that is not given means for any model but toy.py's; the VCB paper's HH setting, with DPO's rate
-    "gamma": 0.1, "pair_selection": "best_worst", "epochs": 1, "learning_rate": 5e-7, "warmup_steps": 150,
+    "pair_selection": "best_worst", "epochs": 1, "learning_rate": 5e-7, "warmup_steps": 150,
     "batch_size": 64, "max_prompt_tokens": 512, "max_response_tokens": 256,
 }  # fmt: skip
 _gpus = {"gradient_checkpointing": True, "bf16": True, "zero_stage": 1, "save_every": 500}
@@ -155,21 +188,35 @@ PRESETS = {
     "llama3.2-3b": {**_gpus, "max_prompt_tokens": 1024, "max_response_tokens": 1024},
     "llama3-8b": {**_gpus, "max_prompt_tokens": 1024, "max_response_tokens": 1024, "zero_stage": 3},
 }
-GAMMA = {"dpo": 1.0, "ipo": 0.1, "slic": 0.1, "rrhf": 1.0}  # where --gamma is 0
+GAMMA = {  # where --gamma is 0: in the toy world, and for any other model; rrhf and orpo do not read it
+    "dpo": (1.0, 0.1), "ipo": (0.1, 0.1), "slic": (0.1, 0.1), "rrhf": (1.0, 1.0), "simpo": (2.0, 2.0), "orpo": (1.0, 1.0),
+    "kto": (1.0, 0.1),
+}  # fmt: skip
+REFERENCE_FREE = ("slic", "rrhf", "simpo", "orpo")
+OF_ONE_LOSS = {"length_penalty": "dpo", "label_smoothing": "dpo", "simpo_margin": "simpo", "orpo_lambda": "orpo",
+               "desirable_weight": "kto", "undesirable_weight": "kto"}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- the mathematics
 
 
+def log_odds(logp):
+    """log(p / (1 - p)) of log p <= 0, any shape. 1 - p is not taken of a rounded p, and p = 1 counts as a number just
+    below, without a gradient, so that nothing is infinite."""
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    return logp - torch.log(-torch.expm1(logp))
+
+
 def preference_loss(
     policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, *, loss: str, gamma: float,
     margin: float = 1.0, nll_coef: float = 1.0, chosen_length=None, rejected_length=None,
-    length_normalize: bool = False, length_penalty: float = 0.0,
+    length_normalize: bool = False, length_penalty: float = 0.0, label_smoothing: float = 0.0,
+    simpo_margin: float = 1.0, orpo_lambda: float = 0.1,
 ):  # fmt: skip
-    """(P,) losses of P pairs, `loss` dpo, ipo or slic. All inputs (P,): log-probs summed over tokens, lengths in tokens
-    (needed for slic's cross-entropy, normalisation and penalty)."""
+    """(P,) losses of P pairs, `loss` dpo, ipo, slic, simpo or orpo. All inputs (P,): log-probs summed over tokens, lengths
+    in tokens (needed for a cross-entropy, normalisation and penalty). simpo and orpo are the papers' if normalised."""
     chosen, rejected = policy_chosen_logp, policy_rejected_logp
-    if loss != "slic":
+    if loss not in REFERENCE_FREE:
         chosen, rejected = chosen - ref_chosen_logp, rejected - ref_rejected_logp
     if length_normalize:
         chosen, rejected = chosen / chosen_length, rejected / rejected_length
@@ -178,8 +225,24 @@ def preference_loss(
         return (margin - gamma * delta).clamp(min=0) - nll_coef * policy_chosen_logp / chosen_length
     if loss == "ipo":
         return (delta - 1 / (2 * gamma)).square()
+    if loss == "simpo":
+        return -torch.nn.functional.logsigmoid(gamma * delta - simpo_margin)
+    if loss == "orpo":
+        ratio = torch.nn.functional.logsigmoid(log_odds(chosen) - log_odds(rejected))
+        return -policy_chosen_logp / chosen_length - orpo_lambda * ratio
     longer = length_penalty * (chosen_length - rejected_length) if length_penalty else 0.0
-    return -torch.nn.functional.logsigmoid(gamma * delta + longer)
+    z = gamma * delta + longer
+    # (1 - e) softplus(-z) + e softplus(z), Mitchell 2023, by softplus(z) = softplus(-z) + z
+    return -torch.nn.functional.logsigmoid(z) + label_smoothing * z
+
+
+def kto_loss(
+    log_ratio, side, z0: float, *, gamma: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+):
+    """Losses of responses, any shape: log_ratio log(pi / pi_ref); side 1 for desirable, -1 for undesirable, 0 for
+    neither, whose loss is 0. KTO eq. 8: weight - v = weight (1 - sigmoid(side gamma (log_ratio - z0)))."""
+    weight = desirable_weight * (side > 0).to(log_ratio) + undesirable_weight * (side < 0).to(log_ratio)
+    return weight * torch.sigmoid(-side * gamma * (log_ratio - z0))
 
 
 def rrhf_loss(logp, length, reward, mask=None, *, length_normalize: bool = True, nll_coef: float = 1.0):
@@ -204,6 +267,19 @@ def select_pairs(rewards: list[float], selection: str) -> list[tuple[int, int]]:
     else:
         pairs = list(itertools.combinations(order, 2))
     return [(i, j) for i, j in pairs if rewards[i] > rewards[j]]
+
+
+def desirability(rewards: list[float]) -> list[int]:
+    """Of one prompt's responses, for KTO: 1 (desirable) above their mean reward, -1 (undesirable) below it, 0 at it."""
+    mean = statistics.mean(rewards)  # exact, then rounded: of 0.1, 0.2, 0.3 the second is at the mean
+    return [(r > mean) - (r < mean) for r in rewards]
+
+
+def reference_point(logps, ref_logps, lengths) -> float:
+    """KTO's z0, section 4.1, of `mismatched` rows: max(0, mean of (log pi - log pi_ref) / length), the paper's if all
+    lengths are 1."""
+    ratios = [(a - b) / n for a, b, n in zip(logps, ref_logps, lengths, strict=True)]
+    return max(0.0, math.fsum(ratios) / len(ratios))
 
 
 def ranked_right(values, rewards) -> tuple[int, int]:
@@ -338,6 +414,17 @@ def add_reference(groups, policy, run, tokenizer, args, rank: int, world: int, d
     logps = iter(logps)
     for group in groups:
         group.ref_logp = [next(logps) for _ in group.rows]
+
+
+def mismatched(batch: list[Group], data: list[Group]) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, response ids) of KTO's z0: the responses of the batch that have a side, each under the prompt of the
+    next row with another prompt; where the batch has but one, of such a row of the data."""
+    rows = []
+    for i, group in enumerate(batch):
+        others = itertools.chain(batch[i + 1 :], batch[:i], data)
+        prompt = next(q.rows[0][0] for q in others if q.rows[0][0] != group.rows[0][0])
+        rows += [(prompt, row[1]) for row, side in zip(group.rows, desirability(group.rewards), strict=True) if side]
+    return rows
 
 
 # Copied from vcb.padded
@@ -499,6 +586,8 @@ def encode_pair(tokenizer, prompt, text, args):
 
 
 def train(args: Args) -> Path:
+    import toy
+
     started = time.time()
     rank, world, device = init_distributed(args)
     missing(args.policy, "python sft.py")
@@ -509,10 +598,13 @@ def train(args: Args) -> Path:
     groups = [q for q in groups if select_pairs(q.rewards, "all")]
     if not groups:
         stop(f"{args.data} ({args.split}): all responses of each prompt have the same score, so no pair has an order")
-    gamma = args.gamma or GAMMA[args.loss]
-    normalize = {"yes": True, "no": False, "auto": args.loss == "rrhf"}[args.length_normalize]
-    if args.length_penalty and args.loss != "dpo":
-        stop(f"--length_penalty belongs to --loss dpo, not {args.loss}")
+    gamma = args.gamma or GAMMA[args.loss][not toy.is_model(args.policy)]
+    normalize = {"yes": True, "no": False, "auto": args.loss in ("rrhf", "simpo", "orpo")}[args.length_normalize]
+    for name, loss in OF_ONE_LOSS.items():
+        if getattr(args, name) != getattr(Args, name) and args.loss != loss:
+            stop(f"--{name} belongs to --loss {loss}, not {args.loss}")
+    if args.loss == "kto" and all(q.rows[0][0] == groups[0].rows[0][0] for q in groups):
+        stop(f"--loss kto needs responses to two prompts or more, and {args.data} ({args.split}) has one")
     held_out, explicit = [], {}
     if args.eval_as_reward_model:
         held_out = load_groups(tokenizer, args, args.eval_as_reward_model, args.eval_split, True)
@@ -533,19 +625,36 @@ def train(args: Args) -> Path:
     reference = load_reference(tokenizer, args, device)
     run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "accuracy"))
     policy.eval()
-    add_reference(groups + held_out, reference or engine, run, tokenizer, args, rank, world, device)
+    order_of = functools.lru_cache(1)(lambda epoch: shuffled(len(groups), args.seed, epoch))
+
+    def step_groups(step):
+        at = (step % per_epoch) * args.batch_size
+        return [groups[i] for i in order_of(step // per_epoch)[at : at + args.batch_size]]
+
+    crossed = []
+    if args.loss == "kto":
+        every = [side for q in groups for side in desirability(q.rewards)]
+        if rank == 0:
+            print(f"kto: {every.count(1)} desirable responses, {every.count(-1)} undesirable, {every.count(0)} neither")
+        crossed = [Group("", mismatched(step_groups(step), groups), []) for step in range(total)]
+    add_reference(groups + held_out + crossed, reference or engine, run, tokenizer, args, rank, world, device)
     del reference
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
     for step in range(run.step, total):
-        order = shuffled(len(groups), args.seed, step // per_epoch)
-        at = (step % per_epoch) * args.batch_size
-        chosen = [groups[i] for i in order[at : at + args.batch_size]]
+        chosen = step_groups(step)
         batch = [([], [True], q) for q in chosen]
-        selection = "all" if args.loss == "rrhf" else args.pair_selection
+        selection = "all" if args.loss in ("rrhf", "kto") else args.pair_selection
         pairs = sum(len(select_pairs(q.rewards, selection)) for q in chosen)
-        sums = torch.zeros(5, device=device)
+        sums, extra = torch.zeros(5, device=device), {}
+        if crossed:
+            policy.eval()
+            rows = crossed[step].rows
+            logps = sequence_logps(engine, rows, tokenizer.pad_token_id, args, rank, world, device)
+            z0 = reference_point(logps, crossed[step].ref_logp, [len(r) if normalize else 1 for _, r in rows])
+            extra = {"z0": z0}
+            policy.train()
         engine.set_rate(args.learning_rate * schedule(step, total, args.warmup_steps, "linear"))
         micros, useful = micro_batches(batch, rank, world, args, group_sizes)
         for micro in micros:
@@ -558,12 +667,18 @@ def train(args: Args) -> Path:
             if args.loss == "rrhf":
                 losses = rrhf_loss(logp, length, reward, mask, length_normalize=normalize, nll_coef=args.nll_coef)
                 loss = losses.sum() / len(batch)
+            elif args.loss == "kto":
+                log_ratio, side = logp - ref_logp, padded([desirability(q.rewards) for q in asked], device) * mask
+                losses = kto_loss(log_ratio / length if normalize else log_ratio, side, z0, gamma=gamma,
+                                  desirable_weight=args.desirable_weight, undesirable_weight=args.undesirable_weight)  # fmt: skip
+                loss = losses.sum() / len(crossed[step].rows)
             else:
                 losses = preference_loss(
                     logp[k, better], logp[k, worse], ref_logp[k, better], ref_logp[k, worse], loss=args.loss, gamma=gamma,
                     margin=args.margin, nll_coef=args.nll_coef, chosen_length=length[k, better],
                     rejected_length=length[k, worse], length_normalize=normalize,
-                    length_penalty=args.length_penalty,
+                    length_penalty=args.length_penalty, label_smoothing=args.label_smoothing,
+                    simpo_margin=args.simpo_margin, orpo_lambda=args.orpo_lambda,
                 )  # fmt: skip
                 loss = losses.sum() / pairs
             engine.backward(loss, last=micro is micros[-1])
@@ -582,6 +697,7 @@ def train(args: Args) -> Path:
                 "useful_tokens": useful,
                 "learning_rate": engine.rate,
                 "grad_norm": grad_norm,
+                **extra,  # kto: z0 in nats, 0 where its estimate was negative
             }
         )
     if held_out:
@@ -611,7 +727,7 @@ def explicit_accuracy(held_out, tokenizer, args, rank: int, world: int, device) 
 
 
 def main(argv=None):
-    train(parse_args(Args, PRESETS, PAPER, argv, __doc__))
+    train(parse_args(Args, PRESETS, PAPER, argv, __doc__, label_smoothing=(0, 0.499)))
 
 
 # ====================================================================================================================
