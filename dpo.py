@@ -34,8 +34,8 @@ has averaged since, so that the pull to the reference does not depend on length;
 the loss of eq. 17, whose theory is of the probabilities of responses, and a mean over tokens is the log of none.
 
 Pairs are made of graded rows (`--pair_selection`), or given as `prompt, chosen, rejected`. --length_penalty is the
-length-regularised DPO of Park et al. 2024. `--eval_as_reward_model` asks whether the implicit reward gamma log(pi /
-pi_sft) is as good as an explicit one.
+length-regularised DPO of Park et al. 2024. `--eval_data` tells how many held-out pairs the implicit reward gamma log(pi /
+pi_sft) orders (`eval/value_accuracy.py`: beside an explicit one).
 
     python dpo.py --loss ipo                                         # CPU: the toy world, runs/sample/graded.jsonl
     python dpo.py pythia-2.8b-hh --lora_r 16                         # 1 GPU
@@ -73,7 +73,6 @@ import uuid
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import torch
@@ -81,7 +80,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from kernels import head_name, hidden_states, logit_gap, model_class, packing_gap, patch_head, read_head
+from kernels import head_name, hidden_states, logit_gap, model_class, packing_gap, patch_head
 
 
 @dataclass
@@ -140,12 +139,12 @@ class Args:
     """gradient clipping by global norm; 0 turns it off"""
     batch_size: int = 8
     """prompts, each with all its pairs, per optimizer step, over all ranks"""
-    eval_as_reward_model: str = ""
-    """pairs or graded rows on which the implicit reward's accuracy is told at the end: a file or hub name"""
+    eval_data: str = ""
+    """held-out pairs or graded rows: which share of their pairs does the implicit reward order? A file or hub name"""
     eval_split: str = "test"
-    """the part of --eval_as_reward_model to read"""
-    reward_model: str = ""
-    """an explicit reward model (rm.py) to stand beside it"""
+    """the part of --eval_data to read"""
+    eval_every: int = 0
+    """steps between such looks; 0 looks once, at the end"""
     micro_tokens: int = 4096
     """tokens per forward pass on one rank; a longer sequence is a pass of its own"""
     padding: bool = False
@@ -457,131 +456,6 @@ def policy_logps(engine, micro, tokenizer, args, device):
 # -------------------------------------------------------------------------------------------------------------- reward
 
 
-# Copied from sample.TextReward
-class TextReward:
-    """Scores of texts by a frozen reward model, which reads them with its own tokenizer; or `gold`, the toy world's."""
-
-    def __init__(self, name: str, args, device):
-        from transformers import AutoConfig
-
-        self.name, self.device, self.mean, self.std = name, device, 0.0, 1.0
-        if name == "gold":
-            return
-        missing(name, "python rm.py")
-        self.decoder = is_decoder(name, args)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        kinds = config.architectures or ()
-        if config.num_labels != 1 or not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            stop(f"{name} is not a reward model with one score: train one with `python rm.py`, or name another")
-        self.tokenizer = load_tokenizer(name, args, chat=self.decoder)
-        model = load_model("reward", name, self.tokenizer, args, frozen=True)
-        self.mean, self.std = (getattr(config, f"reward_{x}", y) for x, y in (("mean", 0.0), ("std", 1.0)))
-        padding = args.padding or not self.decoder  # an encoder's attention sees whole rows
-        self.reading = SimpleNamespace(micro_tokens=args.micro_tokens, padding=padding, bf16=args.bf16,
-                                       zero_stage=getattr(args, "zero_stage", 0))  # fmt: skip
-        self.model = whole_or_parts(RewardModel(model, self.decoder).to(device), self.reading)
-        # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
-        self.limit = getattr(config, "max_position_embeddings", None) or 10**9
-        part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
-        self.limits = SimpleNamespace(max_prompt_tokens=part, max_response_tokens=part)
-
-    def __call__(
-        self, prompts: list, texts: list[str], complete: list[bool], rank: int = 0, world: int = 1
-    ) -> list[float]:
-        """One score per (prompt: string or messages, text); `complete` tells which texts came to an EOS. Of `world` ranks
-        each gives its own and gets the scores of all, in order of rank."""
-        if self.name == "gold":
-            import toy
-
-            asked = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
-            whole = [text if ended else f"{text} {toy.UNK}" for text, ended in zip(texts, complete, strict=True)]
-            try:
-                return gather_lists([toy.gold(*pair) for pair in zip(asked, whole, strict=True)], world)
-            except ValueError as error:
-                stop(f"--reward_model gold scores prompts of the toy world only, and this is {error}")
-        sequences = []
-        for prompt, text, whole in zip(prompts, texts, complete, strict=True):
-            try:
-                if self.decoder:
-                    ids, response = encode(self.tokenizer, {"prompt": prompt, "text": text}, "text", self.limits)
-                    sequences.append(ids + (response if whole else response[:-1]))
-                else:
-                    sequences.append(encode_pair(self.tokenizer, prompt, text, self.limits))
-            except ValueError as error:
-                stop(f"a response to {str(prompt)[:60]!r} cannot be scored by {self.name}: {error}")
-            if len(sequences[-1]) > self.limit:
-                stop(f"a response to {str(prompt)[:60]!r} has {len(sequences[-1])} tokens for the reward model {self.name}, which reads {self.limit}: "
-                     "lower --max_prompt_tokens or --max_response_tokens")  # fmt: skip
-        sequences = gather_lists(sequences, world)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reading.bf16):
-            pad = self.tokenizer.pad_token_id
-            return score_sequences(self.model, sequences, pad, self.reading, rank, world, self.device)
-
-
-# Copied from rm.RewardModel
-class RewardModel(torch.nn.Module):
-    """A sequence-classification model's scores: (R,) fp32, read at the last token by length (decoder) or as stock."""
-
-    def __init__(self, model, decoder: bool):
-        super().__init__()
-        self.model, self.decoder = model, decoder
-
-    def forward(self, input_ids, position_ids, last):
-        if not self.decoder:
-            mask = torch.arange(input_ids.numel(), device=last.device).view(input_ids.shape) <= last[:, None]
-            return self.model(input_ids=input_ids, attention_mask=mask.long()).logits.float().squeeze(-1)
-        return read_head(plain(self.model), input_ids, position_ids, last)
-
-
-# Copied from rm.is_decoder
-def is_decoder(name: str, args) -> bool:
-    """A generative architecture, which reads chats; encoders (BERT, DeBERTa) read text pairs."""
-    from transformers import AutoConfig
-    from transformers.models.auto import modeling_auto as auto
-
-    try:
-        kind = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code).model_type
-    except (OSError, ValueError) as error:
-        stop(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}")
-    return kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-
-# Copied from rm.collate_scored
-def collate_scored(sequences: list[list[int]], pad_token_id: int, device=None, args=None):
-    """(input_ids (B, L), position_ids (B, L) or None, flat positions (R,) of the sequences' last tokens)."""
-    ids, positions, starts = lay_out(sequences, pad_token_id, args)
-    last = torch.tensor([start + len(sequence) - 1 for start, sequence in zip(starts, sequences, strict=True)])
-    return tuple(x if x is None else x.to(device, non_blocking=True) for x in (ids, positions, last))
-
-
-# Copied from rm.score_sequences
-def score_sequences(model, sequences, pad_token_id: int, args, rank: int, world: int, device) -> list[float]:
-    """Rewards of token sequences, without gradients, shared out over the ranks; all get all."""
-    found = []
-    for at in range(0, len(sequences), 1024):
-        rows = [([], [True], sequence, i) for i, sequence in enumerate(sequences[at : at + 1024])]
-        scores = torch.zeros(len(rows), device=device)
-        with torch.no_grad():
-            for micro in micro_batches(rows, rank, world, args, lambda row: [len(row[2])])[0]:
-                given = model(*collate_scored([row[2] for row in micro], pad_token_id, device, args))
-                index = torch.tensor([i for _, real, _, i in micro if real], dtype=torch.long, device=device)
-                scores.index_add_(0, index, given[: len(index)])
-        found += (all_sum(scores) if world > 1 else scores).tolist()
-    return found
-
-
-# Copied from rm.encode_pair
-def encode_pair(tokenizer, prompt, text, args):
-    """Ids of (prompt, response) as an encoder's text pair, each cut from its far end: what is near the seam stays."""
-    if not isinstance(text, str):
-        raise ValueError("field text is missing or not text")
-    prompt = "\n\n".join(m["content"] for m in as_messages(prompt))
-    a, b = (text_ids(tokenizer, part) for part in (prompt, text))
-    a, b = a[-args.max_prompt_tokens :], b[: args.max_response_tokens]
-    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
-    return [start, *a, end, *b, end]
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -605,13 +479,12 @@ def train(args: Args) -> Path:
             stop(f"--{name} belongs to --loss {loss}, not {args.loss}")
     if args.loss == "kto" and all(q.rows[0][0] == groups[0].rows[0][0] for q in groups):
         stop(f"--loss kto needs responses to two prompts or more, and {args.data} ({args.split}) has one")
-    held_out, explicit = [], {}
-    if args.eval_as_reward_model:
-        held_out = load_groups(tokenizer, args, args.eval_as_reward_model, args.eval_split, True)
+    held_out = []
+    if args.eval_data:
+        held_out = load_groups(tokenizer, args, args.eval_data, args.eval_split, pairs_too=True)
         held_out = [q for q in held_out if select_pairs(q.rewards, "all")]
         if not held_out:
-            stop(f"--eval_as_reward_model {args.eval_as_reward_model} ({args.eval_split}): no pair has an order")
-        explicit = explicit_accuracy(held_out, tokenizer, args, rank, world, device)
+            stop(f"--eval_data {args.eval_data} ({args.eval_split}): no pair has an order")
     torch.manual_seed(args.seed)
     model = load_model("causal", args.policy, tokenizer, args)
     model = add_lora(model, args) if args.lora_r else model
@@ -642,6 +515,16 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
+
+    def evaluated() -> dict:
+        policy.eval()
+        rows = [row for group in held_out for row in group.rows]
+        logps = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args, rank, world, device))
+        policy.train()
+        implicit = [[next(logps) - ref for ref in group.ref_logp] for group in held_out]
+        right, pairs = ranked_right(implicit, [group.rewards for group in held_out])
+        return {"eval_accuracy": round(right / pairs, 4), "eval_pairs": pairs}
+
     for step in range(run.step, total):
         chosen = step_groups(step)
         batch = [([], [True], q) for q in chosen]
@@ -688,6 +571,8 @@ def train(args: Args) -> Path:
             sums += torch.cat([torch.stack([loss.detach(), (delta > 0).sum(), delta.sum()]), drift])
         grad_norm = engine.step()
         loss, right, delta, drift, responses = all_sum(sums)
+        if held_out and args.eval_every and (step + 1) % args.eval_every == 0:
+            extra |= evaluated()
         run.log(
             {
                 "loss": loss,
@@ -700,30 +585,13 @@ def train(args: Args) -> Path:
                 **extra,  # kto: z0 in nats, 0 where its estimate was negative
             }
         )
-    if held_out:
-        policy.eval()
-        rows = [row for group in held_out for row in group.rows]
-        logps = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args, rank, world, device))
-        implicit = [[next(logps) - ref for ref in group.ref_logp] for group in held_out]
-        right, pairs = ranked_right(implicit, [group.rewards for group in held_out])
-        explicit |= {"implicit_accuracy": round(right / pairs, 4), "eval_pairs": pairs}
-    return run.finish(**explicit)
-
-
-def explicit_accuracy(held_out, tokenizer, args, rank: int, world: int, device) -> dict:
-    """--reward_model's accuracy on the pairs of --eval_as_reward_model."""
-    if not args.reward_model:
-        return {}
-    reward, end = TextReward(args.reward_model, args, device), control_tokens(tokenizer)[0]
-    rows = [(group.prompt, response) for group in held_out for _, response in group.rows]
-    count = math.ceil(len(rows) / world)
-    mine = rows[rank * count : (rank + 1) * count]
-    texts = [tokenizer.decode([t for t in response if t != end]) for _, response in mine]
-    complete = [response[-1] == end for _, response in mine]
-    scores = iter(reward([prompt for prompt, _ in mine], texts, complete, rank, world))
-    found = [[next(scores) for _ in group.rows] for group in held_out]
-    right, pairs = ranked_right(found, [group.rewards for group in held_out])
-    return {"explicit_accuracy": round(right / pairs, 4)}
+    found = evaluated() if held_out else {}
+    said = (
+        f"; the implicit reward orders {found['eval_accuracy']:.1%} of {found['eval_pairs']} held-out pairs"
+        if found
+        else ""
+    )
+    return run.finish(said, **found)
 
 
 def main(argv=None):

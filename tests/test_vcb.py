@@ -182,15 +182,20 @@ def test_reference_other_than_the_policy(home, tmp_path):
     assert logps[0] == pytest.approx(logps[1], abs=1e-4)
 
 
-def test_eval_as_reward_model(home, tmp_path):
-    """The implicit reward of a policy that has learned the pairs by heart orders them; an untrained one's does not."""
-    found = []
+def test_held_out_accuracy_of_the_implicit_reward(home, tmp_path):
+    """A policy that has learned the pairs by heart orders them; an untrained one does not. Looks change no step."""
+    found, held = [], {"eval_data": str(home / "graded.jsonl"), "eval_split": "train", "eval_every": 4}
     for k, rate in enumerate((3e-3, 1e-12)):
-        folder = run(dpo, home, tmp_path / str(k), epochs=40, batch_size=10, learning_rate=rate,
-                     eval_as_reward_model=str(home / "graded.jsonl"), reward_model=str(home / "rm"))  # fmt: skip
+        folder = run(dpo, home, tmp_path / str(k), epochs=40, batch_size=10, learning_rate=rate, **held)
         found.append(json.loads((folder / "summary.json").read_text()))
-    assert found[0]["implicit_accuracy"] > 0.9 > found[1]["implicit_accuracy"]
-    assert found[0]["explicit_accuracy"] == found[1]["explicit_accuracy"] and found[0]["eval_pairs"] > 30
+        looks = [row["eval_accuracy"] for row in metrics(folder) if "eval_accuracy" in row]
+        assert len(looks) == found[k]["steps"] // 4 and (
+            looks[-1] == found[k]["eval_accuracy"] or found[k]["steps"] % 4
+        )
+    assert found[0]["eval_accuracy"] > 0.9 > found[1]["eval_accuracy"] and found[0]["eval_pairs"] > 30
+    plain = run(dpo, home, tmp_path / "plain", epochs=40, batch_size=10, learning_rate=3e-3)
+    losses = [[row["loss"] for row in metrics(x)] for x in (tmp_path / "0", plain)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("script", [vcb, dpo])
@@ -268,11 +273,8 @@ def test_one_score_for_all_has_no_order(home, tmp_path, capsys):
 def test_mistakes_in_the_evaluation_are_told_before_training(home, tmp_path, capsys):
     same = [{"prompt": "is the soup any good ?", "responses": [{"text": t, "score": 1} for t in ("it is .", "no .")]}]
     tied = str(write(tmp_path / "d.jsonl", same))
-    graded = str(home / "graded.jsonl")
     for options, message in (
-        ({"eval_as_reward_model": tied}, "no pair has an order"),
-        ({"eval_as_reward_model": graded, "reward_model": "runs/nothere"}, "python rm.py"),
-        ({"eval_as_reward_model": graded, "reward_model": str(home / "two")}, "one score"),
+        ({"eval_data": tied, "eval_split": "train"}, "no pair has an order"),
         ({"loss": "ipo", "length_penalty": 0.1}, "--length_penalty belongs"),
     ):
         with pytest.raises(SystemExit):
