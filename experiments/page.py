@@ -401,6 +401,67 @@ def answer_ppo(found: Found) -> str:
     )  # fmt: skip
 
 
+def gold(found: Found, name: str) -> str:
+    return shown(found.numbers(name, *GOLD), bounds=False)
+
+
+def answer_tau(found: Found) -> str:
+    """What tau does for the policy."""
+    names = {
+        "dvpo_no_tau_shown": "the same GVM with none shown",
+        "dvpo_no_tau": "a GVM trained without",
+        "dvpo_other_tau": "another policy's τ",
+    }
+    if not set(names) <= found.runs.keys():
+        return NOT_YET
+    rest = "; ".join(
+        f"with {text} {gold(found, name)} (difference {shown(found.numbers(name, *GOLD) - found.numbers('dvpo', *GOLD))})"
+        for name, text in names.items()
+    )
+    return f"For the policy: DVPO's gold reward is {gold(found, 'dvpo')} with τ of its own rollout; {rest}."
+
+
+def answer_2(found: Found) -> str:
+    names = {
+        "gvm_no_tau": "ours",
+        "gvm_all_tokens": "Monte-Carlo without the outcome's share",
+        "gvm_td_95": "TD(0.95)",
+        "gvm_td_0": "TD(0)",
+        "gvm_eq_2": "eq. 2 inside the loss",
+    }
+    policies = dict(zip(names, ("dvpo_no_tau", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0", "dvpo_eq_2"), strict=True))
+    there = [name for name in names if name in found.runs and policies[name] in found.runs]
+    if len(there) < len(names):
+        return NOT_YET
+    fit = lambda name: shown(found.numbers(name, "no_tau", "all", "correlation"), bounds=False)
+    rest = "; ".join(f"{names[name]} {fit(name)} and {gold(found, policies[name])}" for name in there)
+    return (
+        f"**Answer.** Correlation with the exact values, and gold reward of the policy that DVPO makes of it: {rest}."
+    )
+
+
+def answer_ladder(found: Found) -> str:
+    if not {"dvpo_exact_q", "ppo_gold"} <= found.runs.keys():
+        return NOT_YET
+    lost = lambda one, other: shown(found.numbers(one, *GOLD) - found.numbers(other, *GOLD))
+    return (
+        f"With the *exact* values of the SFT mixture, frozen, DVPO comes to {gold(found, 'dvpo_exact_q')}; with the learned GVM that is {lost('dvpo', 'dvpo_exact_q')}. PPO with the "
+        f"gold reward itself comes to {gold(found, 'ppo_gold')}; with the learned reward model that is {lost('ppo', 'ppo_gold')}. Exact values against the exact reward: "
+        f"{lost('dvpo_exact_q', 'ppo_gold')}."
+    )  # fmt: skip
+
+
+def answer_advantages(found: Found) -> str:
+    names = ("dvpo_lam_1", "dvpo_q_minus_v", "dvpo_q_position", "dvpo_q_start", "dvpo_released")
+    if not set(names) <= found.runs.keys():
+        return NOT_YET
+    rest = "; ".join(
+        f"{NAMES[name]} {gold(found, name)}, {word(found.numbers(name, *GOLD) - found.numbers('dvpo', *GOLD))} `gae`"
+        for name in names
+    )
+    return f"As policies: `gae` {gold(found, 'dvpo')}, the paper's `q` {gold(found, 'dvpo_q')}; {rest}."
+
+
 def answer_gradient(found: Found) -> str:
     cosine = lambda name: shown(found.probed("gradient", name, "cosine"), bounds=False)
     noise = lambda name: shown(found.probed("gradient", name, "noise"), 1, bounds=False)
@@ -545,8 +606,9 @@ def tables() -> dict[str, callable]:
         }  # fmt: skip
         if toy.probes:
             made |= {
-                "answer_1": lambda: f"{answer_values(toy)}\n\n{answer_moved(toy)}", "answer_3": lambda: answer_ppo(toy),
-                "answer_4": lambda: answer_gradient(toy), "answer_5": lambda: answer_off(toy), "answer_6": lambda: answer_over(toy),
+                "answer_1": lambda: f"{answer_values(toy)}\n\n{answer_moved(toy)}\n\n{answer_tau(toy)}", "answer_2": lambda: answer_2(toy),
+                "answer_3": lambda: f"{answer_ppo(toy)}\n\n{answer_ladder(toy)}",
+                "answer_4": lambda: f"{answer_gradient(toy)}\n\n{answer_advantages(toy)}", "answer_5": lambda: answer_off(toy), "answer_6": lambda: answer_over(toy),
                 "answer_7": lambda: answer_implicit(toy), "answer_8": lambda: answer_teachers(toy),
                 "answer_9": lambda: answer_baselines(toy), "claims": lambda: claims(toy),
                 "gradients": lambda: gradients(toy), "teachers": lambda: teachers(toy), "moved": lambda: moved(toy),
