@@ -10,7 +10,7 @@ whole optimizer step (all micro-batches, all ranks), so the gradient does not de
 
 Of a conversation (`messages`) every answer of the assistant is learned, and nothing that the user says (`answers`).
 
-Left out on purpose: validation loss, learning-rate sweeps.
+Left out on purpose: learning-rate sweeps.
 
     python sft.py                                                    # CPU: a small model in the toy world of toy.py
     python sft.py llama3.2-3b --micro_tokens 2048 --lora_r 16        # 1 GPU
@@ -90,6 +90,12 @@ class Args:
     """a longer response is cut, and then has no end token"""
     turns: Literal["all", "last"] = "all"
     """of `messages` with several answers of the assistant: learn each of them, or the last one only"""
+    eval_data: str = ""
+    """held-out rows of the same kind, whose loss is told during training: a file or hub name"""
+    eval_split: str = "test"
+    """the part of --eval_data to read"""
+    eval_every: int = 0
+    """steps between such looks; 0 looks once, at the end"""
     chat_template: str = ""
     """a Jinja file to give to a tokenizer that has no chat template (base models); `plain` for `User: ... Assistant: ...`"""
     lora_r: int = 0
@@ -144,6 +150,18 @@ def answers(tokenizer, row: dict, args) -> list[tuple]:
     return found
 
 
+def held_out_loss(engine, examples, pad_token_id: int, args, rank: int, world: int, device) -> float:
+    """Mean negative log-likelihood, in nats, of the response tokens of examples that are not learned."""
+    tokens = sum(len(response) for _, response, _ in examples)
+    loss = torch.zeros((), device=device)
+    engine.module.eval()
+    with torch.no_grad():
+        for micro in micro_batches(examples, rank, world, args)[0]:
+            loss += engine(collate(micro, pad_token_id, device, args), token_weight=1 / tokens)
+    engine.module.train()
+    return float(all_sum(loss))
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -155,6 +173,12 @@ def train(args: Args) -> Path:
     examples = load_data(args, "sft", lambda row: answers(tokenizer, row, args))
     if not examples:
         stop(f"{args.data} ({args.split}) has no row to train on")
+    held_out = []
+    if args.eval_data:
+        held_out = list(
+            load_data(args, "sft", lambda row: answers(tokenizer, row, args), args.eval_data, args.eval_split)
+        )
+        held_out or stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no row to look at")
     if rank == 0 and examples[0][2] != "completion":
         print(f"{args.data}: of each row's responses the {examples[0][2]} one is imitated")
     torch.manual_seed(args.seed)
@@ -171,6 +195,7 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
+    look = lambda: held_out_loss(engine, held_out, tokenizer.pad_token_id, args, rank, world, device)
     for step in range(run.step, total):
         order = shuffled(len(examples), args.seed, step // per_epoch)
         at = (step % per_epoch) * args.batch_size
@@ -184,8 +209,11 @@ def train(args: Args) -> Path:
             engine.backward(loss, last=micro is micros[-1])
             loss_sum += loss.detach()
         rates = {"learning_rate": engine.rate, "grad_norm": engine.step()}
+        if held_out and args.eval_every and (step + 1) % args.eval_every == 0:
+            rates["eval_loss"] = look()
         run.log({"loss": all_sum(loss_sum), **rates, "tokens": tokens, "useful_tokens": useful})
-    return run.finish()
+    loss = round(look(), 4) if held_out else None
+    return run.finish(f"; held-out loss {loss:.3f}" if held_out else "", **({"eval_loss": loss} if held_out else {}))
 
 
 def main(argv=None):

@@ -175,6 +175,8 @@ def logged(home: Path, name: str, out: Path) -> set[str]:
         (row,) = {tuple(r) for line in tiny.jsonl(out / "graded.jsonl") for r in line["responses"]}
         return {*json.loads((out / "summary.json").read_text()), *row}
     changes, keys = {"steps": 2}, set()
+    if name == "sft":
+        changes |= {"eval_data": str(home / "sft.jsonl"), "eval_split": "train"}
     if name == "dpo":
         changes |= {"eval_data": str(home / "graded.jsonl"), "eval_split": "train"}
         kto = tiny.run(home, name, f"{out}-kto", loss="kto", **changes)

@@ -375,3 +375,44 @@ def test_each_answer_of_a_conversation_is_learned_and_nothing_else(tmp_path):
 
 
 LIMITS_ALL = SimpleNamespace(max_prompt_tokens=200, max_response_tokens=64, turns="all")
+
+
+def test_held_out_loss_is_the_stock_one_and_changes_no_step(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    rows = [
+        {"prompt": x, "completion": toy.write(toy.TRAIN_POLICIES[0], x, random.Random(i))}
+        for i, x in enumerate(toy.prompts("sft")[:7])
+    ]
+    for name, some in (("train", rows[:4]), ("held", rows[4:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    train = lambda name, **more: sft.train(
+        sft.Args(
+            data=str(tmp_path / "train.jsonl"),
+            output_dir=str(tmp_path / name),
+            batch_size=2,
+            steps=4,
+            learning_rate=1e-3,
+            warmup_steps=1,
+            **more,
+        )
+    )
+    look = {"eval_data": str(tmp_path / "held.jsonl"), "eval_split": "train", "eval_every": 2}
+    final, plain = train("looked", **look), train("plain")
+    logged = [
+        [json.loads(line) for line in (x.parent / "metrics.jsonl").read_text().splitlines()] for x in (final, plain)
+    ]
+    assert [row["loss"] for row in logged[0]] == [row["loss"] for row in logged[1]]
+    assert [row["step"] for row in logged[0] if "eval_loss" in row] == [2, 4] and not any(
+        "eval_loss" in row for row in logged[1]
+    )
+    tokenizer, model = toy.tokenizer(), AutoModelForCausalLM.from_pretrained(final).double()
+    nll, tokens = 0.0, 0
+    for row in rows[4:]:
+        prompt, response = sft.encode(tokenizer, row, "completion", LIMITS_ALL)
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        nll += float(model(torch.tensor([prompt + response]), labels=labels).loss) * len(response)
+        tokens += len(response)
+    summary = json.loads((final.parent / "summary.json").read_text())
+    assert summary["eval_loss"] == pytest.approx(nll / tokens, abs=1e-3)
+    assert logged[0][3]["eval_loss"] == pytest.approx(nll / tokens, rel=1e-5)
