@@ -171,6 +171,8 @@ class Args:
     """steps between copies of the policy in snapshots/, for curves over training; 0 keeps none"""
     report_to: str = ""
     """where metrics go besides metrics.jsonl: tensorboard, wandb, trackio; several with commas"""
+    trace: bool = False
+    """take one step, print a part of its batch as a table with all that the loss is made of, and leave no files"""
     resume: bool = False
     """continue from the last checkpoint in --output_dir, bit for bit"""
     trust_remote_code: bool = False
@@ -459,11 +461,32 @@ def policy_logps(engine, micro, tokenizer, args, device):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
+# Copied from gvm.trace
+def trace(title: str, words: list[str], columns: dict):
+    """Prints a table: a word a row, and of each column (T,) the number at its place."""
+    rows = [
+        ["", *columns],
+        *([word, *(f"{float(x[t]):.3f}" for x in columns.values())] for t, word in enumerate(words)),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    print(f"\n{title}\n" + "\n".join(lines), flush=True)
+
+
+# Copied from gvm.traced
+def traced(args, world: int):
+    """The settings of --trace: a run that leaves no files."""
+    if world > 1:
+        stop("--trace is for one process: start it without torchrun")
+    return dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+
+
 def train(args: Args) -> Path:
     import toy
 
     started = time.time()
     rank, world, device = init_distributed(args)
+    args = traced(args, world) if args.trace else args
     missing(args.policy, "python sft.py")
     tokenizer = load_tokenizer(args.policy, args)
     if args.data == Args.data and not Path(args.data).is_file():
@@ -570,6 +593,20 @@ def train(args: Args) -> Path:
             drift = torch.stack([-(log_ratio * mask).sum(), mask.sum()])
             sums += torch.cat([torch.stack([loss.detach(), (delta > 0).sum(), delta.sum()]), drift])
         grad_norm = engine.step()
+        if args.trace:
+            with torch.no_grad():  # once more, with the weights that the step has left
+                logp, mask, (first,) = policy_logps(engine, [batch[0]], tokenizer, args, device)
+            ref_logp = torch.tensor([first.ref_logp], device=device)
+            columns = {
+                "r": first.rewards,
+                "log pi_ref": ref_logp[0],
+                "log pi": logp[0],
+                "log-ratio": (logp - ref_logp)[0],
+            }
+            columns |= {"gamma log-ratio": gamma * (logp - ref_logp)[0]}
+            trace(tokenizer.decode(first.rows[0][0]), [repr(tokenizer.decode(y))[:50] for _, y in first.rows], columns)
+            shutil.rmtree(run.folder)
+            return run.folder
         loss, right, delta, drift, responses = all_sum(sums)
         if held_out and args.eval_every and (step + 1) % args.eval_every == 0:
             extra |= evaluated()

@@ -425,7 +425,7 @@ def test_a_reward_that_is_a_function_needs_no_reward_model(home, tmp_path, scrip
 
 
 # ---------------------------------------------------------------------------------------------------------------- --trace
-@pytest.mark.parametrize("script", ["gvm", "dvpo", "ppo", "vcb"])
+@pytest.mark.parametrize("script", ["gvm", "dvpo", "ppo", "vcb", "dpo"])
 def test_trace_shows_what_the_loss_is_made_of_and_leaves_no_files(home, tmp_path, monkeypatch, script):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     shown = io.StringIO()
@@ -433,8 +433,9 @@ def test_trace_shows_what_the_loss_is_made_of_and_leaves_no_files(home, tmp_path
         patch.setattr(tiny.io, "StringIO", lambda: shown)
         run(home, script, tmp_path / "out", trace=True)
     assert not [x for x in tmp_path.iterdir() if (x / "args.json").exists() or (x / "final").exists()]
+    dpo_gamma = SCRIPTS["dpo"].GAMMA["dpo"][False]  # of a model of toy.py's
     tables = re.findall(r"\n( {2,}\S.*\n(?:\S.*-?\d+\.\d{3}\n)+)", shown.getvalue())
-    assert len(tables) >= (1 if script == "vcb" else 2)
+    assert len(tables) >= (1 if script in ("vcb", "dpo") else 2)
     for table in tables:
         head, *lines = table.rstrip("\n").split("\n")
         names = re.split(r" {2,}", head.strip())
@@ -447,6 +448,9 @@ def test_trace_shows_what_the_loss_is_made_of_and_leaves_no_files(home, tmp_path
             elif script == "vcb":
                 assert row["log-ratio"] == near(row["log pi"] - row["log pi_ref"])
                 assert row["s"] == near(0.25 * row["log-ratio"] - row["r / sigma"])
+            elif script == "dpo":
+                assert row["log-ratio"] == near(row["log pi"] - row["log pi_ref"])
+                assert row["gamma log-ratio"] == near(dpo_gamma * row["log-ratio"])
             else:
                 cut = min(max(row["ratio"], 0.8), 1.2)
                 assert row["loss"] == near(-min(row["ratio"] * row["A_t"], cut * row["A_t"]), row["A_t"])
