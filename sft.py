@@ -42,6 +42,7 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -803,6 +804,7 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft asks by the old name
     half = args.bf16 and (frozen or args.lora_r or by_deepspeed(args))
     trust, labels = {"trust_remote_code": args.trust_remote_code}, {} if kind == "causal" else {"num_labels": 1}
     options = {"dtype": torch.bfloat16 if half else torch.float32} | trust
