@@ -285,6 +285,52 @@ def sentiment(report: dict) -> str:
     return table(["", "gold reward", "VADER", "fluent", "KL to SFT", "perplexity (base model)", "tokens"], out)
 
 
+SCORERS = {"whole_length": "length of the whole text", "rm": "reward model", "gvm": "GVM, τ of the writer", "gvm_no_tau_shown": "the same GVM, no τ shown",
+           "gvm_no_tau": "GVM trained without τ"}  # fmt: skip
+
+
+def scored(report: dict, part: str, scorer: str) -> dict:
+    """{mean, ci95} of one scorer's pair accuracy (a GVM's by the mean of its token values)."""
+    found = report["accuracy"][part]
+    if scorer == "whole_length":
+        return found[scorer]
+    return found["gvm"]["reward_model"] if scorer == "rm" else found[scorer]["gvm"]["mean"]
+
+
+def rate(found: dict) -> str:
+    return f"{100 * found['mean']:.1f} % [{100 * found['ci95'][0]:.1f}, {100 * found['ci95'][1]:.1f}]"
+
+
+def real_policies(report: dict) -> str:
+    rows = [
+        [text, *(rate(scored(report, part, name)) for part in ("seen", "unseen"))] for name, text in SCORERS.items()
+    ]
+    return table(["pairs in the judge's order", "policies of training", "policies held out"], rows)
+
+
+def answer_real_policies(report: dict) -> str:
+    said = []
+    for part, text in (("seen", "Of policies it was trained on"), ("unseen", "Of policies never seen")):
+        tau, none = (scored(report, part, name) for name in ("gvm", "gvm_no_tau"))
+        apart = tau["ci95"][0] > none["ci95"][1] or none["ci95"][0] > tau["ci95"][1]
+        said.append(f"{text}, the GVM with τ orders {rate(tau)} of the pairs, the one trained without {rate(none)}: "
+                    f"{'a difference' if apart else 'no difference beyond the intervals, which are over prompts'}.")  # fmt: skip
+    return f"**Answer.** {' '.join(said)}"
+
+
+def answer_sentiment(report: dict) -> str:
+    runs = {}
+    for name, row in report["policies"].items():
+        runs.setdefault(name.split("-")[0], []).append(row)
+    number = lambda name, *path: f"{np.mean([_dig(row, path) for row in runs[name]]):.2f}".replace("-", "−")
+    each = "; ".join(
+        f"{NAMES[name]} {number(name, 'gold', 'mean')} at a KL of {number(name, 'kl')}"
+        for name in runs
+        if name != "sft"
+    )
+    return f"**Answer.** From {number('sft', 'gold', 'mean')} of the SFT policy, gold reward comes to: {each}."
+
+
 def gradients(found: Found) -> str:
     rows = [
         [text, shown(found.probed("gradient", name, "cosine")), shown(found.probed("gradient", name, "noise"), 1)]
@@ -578,6 +624,10 @@ def tables() -> dict[str, callable]:
         made["chaos"] = lambda: f"```text\n{chaos.read_text().strip()}\n```"
     if "sentiment" in there:
         made["sentiment"] = lambda: sentiment(load("sentiment"))
+        made["answer_sentiment"] = lambda: answer_sentiment(load("sentiment"))
+    if "policies" in there:
+        made["real_policies"] = lambda: real_policies(load("policies"))
+        made["answer_real_policies"] = lambda: answer_real_policies(load("policies"))
     if "toy" in there:
         toy = Found(load("toy"))
         made |= {
