@@ -200,7 +200,7 @@ TOLD = {  # what the unit tests hold, counted here: name -> where
 
 def told():
     for name, where in TOLD.items():
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shlex.split(where)]
+        words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *shlex.split(where)]
         lines = subprocess.run(
             words, cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True
         ).stdout.splitlines()
