@@ -479,7 +479,9 @@ def traced(args, world: int):
     """The settings of --trace: a run that leaves no files."""
     if world > 1:
         stop("--trace is for one process: start it without torchrun")
-    return dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+    found = dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+    found.settings = getattr(args, "settings", "as in the code")
+    return found
 
 
 def train(args: Args) -> Path:
@@ -954,6 +956,9 @@ def canonical(row: dict) -> dict:
         if isinstance(value, list):
             if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
                 raise ValueError(f"field {field} is not a list of {{role, content}} messages")
+            if field == "messages" and value[-1].get("role") == "user":
+                row["prompt"] = value
+                continue
             if value[-1].get("role") != "assistant":
                 raise ValueError(f"field {field} does not end with an answer of the assistant")
             row |= {"prompt": value[:-1]} if len(value) > 1 or field == "messages" else {}
@@ -1618,7 +1623,9 @@ def model_card(args, script: str) -> str:
     start = getattr(args, "model", None) or args.policy
     base = "" if Path(start).exists() or start == "toy" else f"base_model: {start}\n"
     flags = "".join(
-        f"| `--{name}` | `{value}` |\n" for name, value in dataclasses.asdict(args).items() if name != "output_dir"
+        f"| `--{name}` | `{value}` |\n"
+        for name, value in dataclasses.asdict(args).items()
+        if name != "output_dir" and value not in ("", ())
     )
     return (
         f"---\nlibrary_name: transformers\n{base}tags: [lean-rlhf, {script}]\n---\n\n# {Path(args.output_dir).name}\n\n"

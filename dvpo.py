@@ -722,7 +722,9 @@ def traced(args, world: int):
     """The settings of --trace: a run that leaves no files."""
     if world > 1:
         stop("--trace is for one process: start it without torchrun")
-    return dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+    found = dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+    found.settings = getattr(args, "settings", "as in the code")
+    return found
 
 
 def train(args: Args) -> Path:
@@ -836,26 +838,30 @@ def train(args: Args) -> Path:
                     collate(list(zip(prompts, responses, strict=True))[:2], tokenizer.pad_token_id, device),
                     args.temperature,
                 )
+            beta = run.state["kl_coef"] if args.kl_in == "reward" else 0.0
+            steps = increments(values, mask, discount=args.discount)
+            raw = (
+                values[:, 1:] * mask
+                if args.advantage == "q"
+                else discounted_sum(steps - beta * kl, args.discount * args.lam)
+            )
+            where = raw[mask]
+            name = (
+                "Q_t" if args.advantage == "q" else "sum_t"
+            )  # what A_t is the normalised form of, but for baseline and KL
+            print(
+                f"\nA_t = ({name} - {where.mean():.4f}) / {where.std(correction=0):.4f}, over the rollout. Ratio and loss: after the step"
+            )
             for i, (answer, new) in enumerate(zip(answers[:2], logp, strict=True)):
-                ratio = (new - old_logp[i, : len(new)]).exp()
-                pushed = torch.minimum(
-                    ratio * advantage[i, : len(new)],
-                    ratio.clamp(1 - args.clip, 1 + args.clip) * advantage[i, : len(new)],
-                )
-                columns = {
-                    "log pi_old": old_logp[i],
-                    "log pi_ref": ref_logp[i],
-                    "Q_t": values[i, 1:],
-                    "Q~_t": normalize_values(values[:, 1:], mask)[i],
-                }
-                columns |= {"A_t": advantage[i], "ratio": ratio, "loss": -pushed}
+                adv, ratio = advantage[i, : len(new)], (new - old_logp[i, : len(new)]).exp()
+                pushed = torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv)
+                columns = {"log pi_old": old_logp[i], "log pi_ref": ref_logp[i], "Q_t": values[i, 1:]}
+                columns |= {"delta_t": steps[i], "sum_t": raw[i]} if args.advantage == "gae" else {}
+                columns |= {"A_t": adv, "ratio": ratio, "loss": -pushed}
                 for j in partners[i]:
                     print(f"\ntau: {answers[j].prompt[-1]['content']} | {tokenizer.decode(answers[j].response)}")
-                trace(
-                    f"{answer.prompt[-1]['content']}   V(s_1) {values[i, 0]:.3f}",
-                    [repr(tokenizer.decode([t])) for t in answer.response],
-                    columns,
-                )
+                title = f"{answer.prompt[-1]['content']}   V(s_1) {values[i, 0]:.3f}"
+                trace(title, [repr(tokenizer.decode([t])) for t in answer.response], columns)
             shutil.rmtree(run.folder)
             return run.folder
 
@@ -1226,6 +1232,9 @@ def canonical(row: dict) -> dict:
         if isinstance(value, list):
             if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
                 raise ValueError(f"field {field} is not a list of {{role, content}} messages")
+            if field == "messages" and value[-1].get("role") == "user":
+                row["prompt"] = value
+                continue
             if value[-1].get("role") != "assistant":
                 raise ValueError(f"field {field} does not end with an answer of the assistant")
             row |= {"prompt": value[:-1]} if len(value) > 1 or field == "messages" else {}
@@ -1890,7 +1899,9 @@ def model_card(args, script: str) -> str:
     start = getattr(args, "model", None) or args.policy
     base = "" if Path(start).exists() or start == "toy" else f"base_model: {start}\n"
     flags = "".join(
-        f"| `--{name}` | `{value}` |\n" for name, value in dataclasses.asdict(args).items() if name != "output_dir"
+        f"| `--{name}` | `{value}` |\n"
+        for name, value in dataclasses.asdict(args).items()
+        if name != "output_dir" and value not in ("", ())
     )
     return (
         f"---\nlibrary_name: transformers\n{base}tags: [lean-rlhf, {script}]\n---\n\n# {Path(args.output_dir).name}\n\n"

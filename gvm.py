@@ -366,7 +366,9 @@ def traced(args, world: int):
     """The settings of --trace: a run that leaves no files."""
     if world > 1:
         stop("--trace is for one process: start it without torchrun")
-    return dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+    found = dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+    found.settings = getattr(args, "settings", "as in the code")
+    return found
 
 
 # Copied from rm.graded
@@ -510,7 +512,7 @@ def train(args: Args) -> Path:
                         f"{'tau' if answer is not micro[0][3][-1] else 'question'}: {answer.policy}, score {answer.score:.3f}, "
                         f"standardised {reward[i]:.3f}: {answer.prompt[-1]['content']}",
                         ["V(s_1)", *(repr(tokenizer.decode([t])) for t in shown)],
-                        {"Q_t": values[i], "G_t": target[i], "weight": share[i], "weight (Q - G)^2": terms[i]},
+                        {"Q_t": values[i].detach(), "G_t": target[i], "weight": share[i], "weight (Q - G)^2": terms[i]},
                     )
                 shutil.rmtree(run.folder)
                 return run.folder
@@ -861,6 +863,9 @@ def canonical(row: dict) -> dict:
         if isinstance(value, list):
             if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
                 raise ValueError(f"field {field} is not a list of {{role, content}} messages")
+            if field == "messages" and value[-1].get("role") == "user":
+                row["prompt"] = value
+                continue
             if value[-1].get("role") != "assistant":
                 raise ValueError(f"field {field} does not end with an answer of the assistant")
             row |= {"prompt": value[:-1]} if len(value) > 1 or field == "messages" else {}
@@ -1468,7 +1473,9 @@ def model_card(args, script: str) -> str:
     start = getattr(args, "model", None) or args.policy
     base = "" if Path(start).exists() or start == "toy" else f"base_model: {start}\n"
     flags = "".join(
-        f"| `--{name}` | `{value}` |\n" for name, value in dataclasses.asdict(args).items() if name != "output_dir"
+        f"| `--{name}` | `{value}` |\n"
+        for name, value in dataclasses.asdict(args).items()
+        if name != "output_dir" and value not in ("", ())
     )
     return (
         f"---\nlibrary_name: transformers\n{base}tags: [lean-rlhf, {script}]\n---\n\n# {Path(args.output_dir).name}\n\n"

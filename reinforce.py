@@ -409,8 +409,10 @@ class FunctionReward:
         prompts, total = [as_messages(prompt) for prompt in prompts], [0.0] * len(texts)
         for name, (factor, function) in zip(self.names, self.functions, strict=True):
             found = list(map(float, function(prompts, texts)))
-            if len(found) != len(texts) or not all(map(math.isfinite, found)):
-                stop(f"--reward {name} gave {len(found)} numbers for {len(texts)} responses, or one that is not finite")
+            if len(found) != len(texts):
+                stop(f"--reward {name} gave {len(found)} numbers for {len(texts)} responses")
+            if not all(map(math.isfinite, found)):
+                stop(f"--reward {name} gave a number that is not finite")
             total = [x + factor * y for x, y in zip(total, found, strict=True)]
         return gather_lists(total, world)
 
@@ -1204,6 +1206,9 @@ def canonical(row: dict) -> dict:
         if isinstance(value, list):
             if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
                 raise ValueError(f"field {field} is not a list of {{role, content}} messages")
+            if field == "messages" and value[-1].get("role") == "user":
+                row["prompt"] = value
+                continue
             if value[-1].get("role") != "assistant":
                 raise ValueError(f"field {field} does not end with an answer of the assistant")
             row |= {"prompt": value[:-1]} if len(value) > 1 or field == "messages" else {}
@@ -1868,7 +1873,9 @@ def model_card(args, script: str) -> str:
     start = getattr(args, "model", None) or args.policy
     base = "" if Path(start).exists() or start == "toy" else f"base_model: {start}\n"
     flags = "".join(
-        f"| `--{name}` | `{value}` |\n" for name, value in dataclasses.asdict(args).items() if name != "output_dir"
+        f"| `--{name}` | `{value}` |\n"
+        for name, value in dataclasses.asdict(args).items()
+        if name != "output_dir" and value not in ("", ())
     )
     return (
         f"---\nlibrary_name: transformers\n{base}tags: [lean-rlhf, {script}]\n---\n\n# {Path(args.output_dir).name}\n\n"

@@ -508,8 +508,10 @@ class FunctionReward:
         prompts, total = [as_messages(prompt) for prompt in prompts], [0.0] * len(texts)
         for name, (factor, function) in zip(self.names, self.functions, strict=True):
             found = list(map(float, function(prompts, texts)))
-            if len(found) != len(texts) or not all(map(math.isfinite, found)):
-                stop(f"--reward {name} gave {len(found)} numbers for {len(texts)} responses, or one that is not finite")
+            if len(found) != len(texts):
+                stop(f"--reward {name} gave {len(found)} numbers for {len(texts)} responses")
+            if not all(map(math.isfinite, found)):
+                stop(f"--reward {name} gave a number that is not finite")
             total = [x + factor * y for x, y in zip(total, found, strict=True)]
         return gather_lists(total, world)
 
@@ -627,7 +629,7 @@ def train(args: Args) -> Path:
         assert not lost, f"{lost} prompts have no row"
         write_rows(graded, [{k: v for k, v in rows[i].items() if k != "index"} for i in range(len(questions))])
         scores = [response["score"] for row in rows.values() for response in row["responses"]]
-        summary = {"prompts": len(rows), "responses": len(scores), "score": sum(scores) / len(scores),
+        summary = {"prompts": len(rows), "responses": len(scores), "score": round(sum(scores) / len(scores), 5),
                    "tokens_per_second": round(tokens / max(seconds, 1e-9)) if tokens else None,
                    "seconds": round(time.time() - started, 1)}  # fmt: skip
         with writing(folder / "summary.json"):
@@ -953,6 +955,9 @@ def canonical(row: dict) -> dict:
         if isinstance(value, list):
             if not value or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
                 raise ValueError(f"field {field} is not a list of {{role, content}} messages")
+            if field == "messages" and value[-1].get("role") == "user":
+                row["prompt"] = value
+                continue
             if value[-1].get("role") != "assistant":
                 raise ValueError(f"field {field} does not end with an answer of the assistant")
             row |= {"prompt": value[:-1]} if len(value) > 1 or field == "messages" else {}

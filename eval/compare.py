@@ -209,7 +209,7 @@ class Row:
     def verdict(self) -> str:
         mean, low, high = self.gap
         if self.word == "level":
-            return f"b's {self.name} is level with a's, within the noise: {self.shown(self.gap, True)}, {self.how}."
+            return f"b's {self.name} cannot be told from a's: {self.shown(self.gap, True)}, {self.how}."
         size = (abs(mean), *sorted((abs(low), abs(high))))
         side = "above" if mean > 0 else "below"
         if self.word == "–" and not mean:
@@ -280,14 +280,15 @@ def side_lines(sides: list[list[Run]]) -> list[str]:
 def draw(sides: list[list[Run]], metrics: list[str], ink: str) -> Figure:
     lines = -(-len(metrics) // COLUMNS)
     figure = Figure((10, 2.3 * lines + 0.5), layout="constrained")
-    axes = figure.subplots(lines, COLUMNS, squeeze=False).flat
-    for metric, axis in zip(metrics, axes):
+    axes = list(figure.subplots(lines, COLUMNS, squeeze=False).flat)
+    for metric, axis in zip(metrics, axes, strict=False):
         report.draw_metric(sides, metric, axis, ink)
         axis.set_title(metric if len(metric) < 40 else metric[:38] + "…", fontsize=10)
-    for axis in list(axes)[len(metrics) :]:
+    for axis in axes[len(metrics) :]:
         axis.axis("off")
     looks = zip((ink, report.CONTRAST), (report.SOLID, report.DASHED), side_lines(sides))
     handles = [Line2D([], [], color=colour, linestyle=line, linewidth=2, label=label) for colour, line, label in looks]
+    figure.supxlabel("step; curves are smoothed", fontsize=10)
     figure.legend(handles=handles, loc="outside upper left", ncols=1)
     return figure
 

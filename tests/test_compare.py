@@ -134,7 +134,7 @@ def test_verdicts():
     )
     # other seeds: not paired, and level
     found = row(a, {4: 0.22, 5: 0.63, 6: 1.02})
-    assert found.word == "level" and "is level with a's, within the noise: +0.12 [" in found.verdict()
+    assert found.word == "level" and "cannot be told from a's: +0.12 [" in found.verdict()
     assert found.how == "3 and 3 runs, not paired" and found.gap[0] == pytest.approx(0.37 / 3)
     assert row(a, {1: 0.2, 2: 0.6}).how == "3 and 2 runs, not paired"
     # a seed twice, or none known: nothing to pair by

@@ -64,6 +64,11 @@ SHAPES = {  # rows of the field's datasets -> prompt, what SFT learns, {response
 }  # fmt: skip
 
 
+def test_messages_that_end_with_the_user_are_a_prompt():
+    found = sft.canonical({"messages": TURNS})
+    assert TURNS[-1]["role"] == "user" and found["prompt"] == TURNS and "completion" not in found
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_shape_is_read_as_documented(shape):
     row, prompt, learned, scores, policies = SHAPES[shape]

@@ -452,6 +452,9 @@ def test_trace_shows_what_the_loss_is_made_of_and_leaves_no_files(home, tmp_path
                 assert row["log-ratio"] == near(row["log pi"] - row["log pi_ref"])
                 assert row["gamma log-ratio"] == near(dpo_gamma * row["log-ratio"])
             else:
+                if script == "dvpo":
+                    mean, std = map(float, re.search(r"sum_t - (\S+)\) / (\S+),", shown.getvalue()).groups())
+                    assert row["A_t"] == near((row["sum_t"] - mean) / std, 1 / std)
                 cut = min(max(row["ratio"], 0.8), 1.2)
                 assert row["loss"] == near(-min(row["ratio"] * row["A_t"], cut * row["A_t"]), row["A_t"])
     if script == "vcb":
