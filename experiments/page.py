@@ -192,11 +192,11 @@ def broken(found: Found, name: str, fall: float = 0.5) -> list[str]:
 def plateau(found: Found, names) -> str:
     rows = []
     for name in (name for name in names if name in found.runs):
-        steps, reading = steps_to(found, name), found.numbers(name, "summary", "seconds")
+        steps = steps_to(found, name)
         reached = f"{(~np.isnan(steps)).sum()} of {len(steps)}"
         worst = np.nanmin(found.numbers(name, "gold", "mean"))
         low = shown(lowest(found, name).min(keepdims=True))
-        rows.append([NAMES[name], shown(steps, 0), reached, f"{worst:.2f}", low, shown(reading, 0, bounds=False)])
+        rows.append([NAMES[name], shown(steps, 0), reached, f"{worst:.2f}", low])
     return table(
         [
             "",
@@ -204,7 +204,6 @@ def plateau(found: Found, names) -> str:
             "seeds that reach it",
             "gold of the worst seed",
             "lowest ten-step mean after step 30, worst seed",
-            "seconds",
         ],
         rows,
     )
