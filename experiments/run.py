@@ -211,6 +211,7 @@ def runs() -> dict[str, Run]:
         "dvpo_exact_q": dvpo("--gvm {gvm}", "exact_q"),
         "ppo_gold": Run("ppo", f"--policy {{sft}} --reward_model gold {settings('ppo')}", 130),
         "ppo_rm_2_epochs": Run("ppo", f"--policy {{sft}} --reward_model {{rm_2_epochs}} {settings('ppo')}", 130),
+        "dvpo_eos_penalty": dvpo("--gvm {gvm} --eos_penalty 1"),
         "dvpo_lam_1": dvpo("--gvm {gvm} --lam 1"),
         "dvpo_q_minus_v": dvpo("--gvm {gvm} --lam 0"),
         "dvpo_q_position": dvpo("--gvm {gvm} --advantage q --baseline position"),
