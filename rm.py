@@ -22,6 +22,7 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import gzip
 import heapq
 import importlib
 import json
@@ -569,6 +570,10 @@ def read_data(name: str, split: str, kind: str, seed: int = 0):
             raw = datasets.Dataset.from_list(toy.rows(kind, seed))
         elif is_file(name):
             form = "parquet" if name.endswith(".parquet") else "json"
+            with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
+                start = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+            if form == "json" and start not in (b"", b"{", b"["):  # Arrow crashes where the first row is null
+                raise ValueError("it does not begin with a JSON object")
             raw = datasets.load_dataset(form, data_files=name, split="train")
         else:
             raw = datasets.load_dataset(*name.split(":"), split=part[1])

@@ -1,5 +1,6 @@
 """What goes wrong while a run writes, computes or is ended: nothing that was saved is lost, nothing that is not finite is kept."""
 
+import gzip
 import io
 import json
 import os
@@ -503,6 +504,24 @@ def test_metrics_go_where_they_are_asked_to_and_nowhere_else(home, tmp_path, cap
     assert "choose from" in refused(capfd, home, "sft", tmp_path / "no", report_to="mlflow")
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in refused(capfd, home, "sft", tmp_path / "no", report_to="wandb")
+
+
+@pytest.mark.parametrize("text", ["null\n", "3\n", "\n null"])
+def test_a_file_whose_first_row_is_no_object_is_one_line(tmp_path, text):
+    """Arrow's reader crashes on `null`: in a process of its own, so that a crash is a failure and not the end of the tests."""
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+            file.write(text)
+        words = [
+            sys.executable,
+            str(ROOT / "sft.py"),
+            "--data",
+            str(tmp_path / name),
+            "--output_dir",
+            str(tmp_path / "o"),
+        ]
+        done = subprocess.run(words, env=ENV, capture_output=True, text=True)
+        assert done.returncode == 2 and "does not begin with a JSON object" in done.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
