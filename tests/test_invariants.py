@@ -665,11 +665,11 @@ def test_stock_classes_read_the_same_scores_from_a_saved_reward_model(home, tmp_
     finish, scored, rng = rm.Run.finish, [], random.Random(5)
     sequences = [prompt + response for prompt, response in toy_rows(rng, LENGTHS)]
 
-    def finishing(self, **summary):
+    def finishing(self, *said, **summary):
         with torch.no_grad():
             scored.append(self.engine(*rm.collate_scored(sequences, self.tokenizer.pad_token_id, CPU)))
             scored.append(torch.cat([self.engine(*rm.collate_scored([s], 0, CPU)) for s in sequences]))
-        return finish(self, **summary)
+        return finish(self, *said, **summary)
 
     monkeypatch.setattr(rm.Run, "finish", finishing)
     final = run(home, "rm", tmp_path / "out", model=base, learning_rate=0.02) / "final"
@@ -772,10 +772,10 @@ def test_the_final_model_loads_with_stock_classes_and_computes_what_was_trained(
     )
     finish = module.Run.finish
 
-    def finishing(self, **summary):
+    def finishing(self, *said, **summary):
         with torch.no_grad():
             found.append(self.model.eval()(ids).logits)
-        return finish(self, **summary)
+        return finish(self, *said, **summary)
 
     monkeypatch.setattr(module.Run, "finish", finishing)
     final = run(home, script, tmp_path / "out", **VARIANTS[variant], learning_rate=0.02) / "final"
