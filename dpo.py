@@ -512,6 +512,12 @@ def train(args: Args) -> Path:
         held_out = [q for q in held_out if select_pairs(q.rewards, "all")]
         if not held_out:
             stop(f"--eval_data {args.eval_data} ({args.eval_split}): no pair has an order")
+        known = {repr(q.rows) for q in groups}
+        twice = sum(repr(q.rows) in known for q in held_out)
+        if twice and rank == 0:
+            print(
+                f"--eval_data: {twice} of {len(held_out)} prompts are learned as well: what they tell is not held out"
+            )
     torch.manual_seed(args.seed)
     model = load_model("causal", args.policy, tokenizer, args)
     model = add_lora(model, args) if args.lora_r else model
@@ -925,7 +931,9 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
                             num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
-            why = error.__context__ or error
+            why = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(why, OSError):
+                raise
             stop(f"{source}: its rows cannot be cached ({why}): make room, or set HF_DATASETS_CACHE to where some is")
         table = table if len(raw) else datasets.Dataset.from_dict({x: [] for x in features}, features)
         bad = [reason for reason in table["bad"] if reason]
@@ -1513,15 +1521,8 @@ def writing(path: Path):
 
 # Copied from sft.FREE
 FREE = (
-    "resume",
-    "output_dir",
-    "report_to",
-    "save_every",
-    "max_skipped",
-    "micro_tokens",
-    "gradient_checkpointing",
-    "cache_gb",
-)
+    "resume", "output_dir", "report_to", "save_every", "max_skipped", "micro_tokens", "gradient_checkpointing", "cache_gb",
+)  # fmt: skip
 
 
 # Copied from sft._lock

@@ -221,8 +221,8 @@ def less_baseline(values, mask, baseline: str):
 
 
 def advantages(
-    values, kl, mask, *, advantage="q", baseline="none", discount: float = 1.0, lam: float = 0.95, kl_coef: float = 0.0
-):
+    values, kl, mask, *, advantage="q", baseline="none", discount=1.0, lam=0.95, kl_coef=0.0, normalize=True
+):  # fmt: skip
     """Advantages (B, T) of a whole rollout, all ranks; 0 where masked.
 
     values (B, T+1) of the GVM, kl (B, T) = old_logp - ref_logp, mask (B, T) bool.
@@ -231,10 +231,10 @@ def advantages(
     gae: normalize(sum_{k>=t} (discount lam)^(k-t) (delta_k - beta kl_k))    as PPO whitens; lam 0 is Q - V"""
     kl = kl * mask
     if advantage == "q":
-        q = less_baseline(values, mask, baseline)
-        return normalize_values(q - kl_coef * discounted_sum(kl, discount), mask)
-    delta = increments(values, mask, discount=discount)
-    return normalize_values(discounted_sum(delta - kl_coef * kl, discount * lam), mask)
+        raw = less_baseline(values, mask, baseline) - kl_coef * discounted_sum(kl, discount)
+    else:
+        raw = discounted_sum(increments(values, mask, discount=discount) - kl_coef * kl, discount * lam)
+    return normalize_values(raw, mask) if normalize else raw
 
 
 def dvpo_loss(logp, old_logp, advantage, mask, normalizer, *, clip: float = 0.2):
@@ -804,10 +804,10 @@ def train(args: Args) -> Path:
         kl = old_logp - ref_logp
         sampled = padded(sampled, device)
         gap = (sampled - old_logp).abs() * mask
-        advantage = advantages(
-            values, kl, mask, advantage=args.advantage, baseline=args.baseline, discount=args.discount, lam=args.lam,
-            kl_coef=run.state["kl_coef"] if args.kl_in == "reward" else 0.0,
-        ) * truncated_weights(old_logp, sampled, mask, args.tis_cap)  # fmt: skip
+        how = {"advantage": args.advantage, "baseline": args.baseline, "discount": args.discount, "lam": args.lam}
+        how["kl_coef"] = run.state["kl_coef"] if args.kl_in == "reward" else 0.0
+        weight = truncated_weights(old_logp, sampled, mask, args.tis_cap)
+        advantage = advantages(values, kl, mask, **how) * weight
         clock.append(now(device))
 
         loss_sum, clipped_sum, useful = torch.zeros((), device=device), torch.zeros((), device=device), []
@@ -839,26 +839,17 @@ def train(args: Args) -> Path:
                     collate(list(zip(prompts, responses, strict=True))[:2], tokenizer.pad_token_id, device),
                     args.temperature,
                 )
-            beta = run.state["kl_coef"] if args.kl_in == "reward" else 0.0
-            steps = increments(values, mask, discount=args.discount)
-            raw = (
-                values[:, 1:] * mask
-                if args.advantage == "q"
-                else discounted_sum(steps - beta * kl, args.discount * args.lam)
+            raw, steps = (
+                advantages(values, kl, mask, normalize=False, **how),
+                increments(values, mask, discount=args.discount),
             )
-            where = raw[mask]
-            name = (
-                "Q_t" if args.advantage == "q" else "sum_t"
-            )  # what A_t is the normalised form of, but for baseline and KL
-            print(
-                f"\nA_t = ({name} - {where.mean():.4f}) / {where.std(correction=0):.4f}, over the rollout. Ratio and loss: after the step"
-            )
+            mean, std = raw[mask].mean(), raw[mask].std(correction=0)
+            print(f"\nA_t = (raw_t - {mean:.4f}) / {std:.4f}, over the rollout. Ratio and loss: after the step")
             for i, (answer, new) in enumerate(zip(answers[:2], logp, strict=True)):
                 adv, ratio = advantage[i, : len(new)], (new - old_logp[i, : len(new)]).exp()
                 pushed = torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv)
                 columns = {"log pi_old": old_logp[i], "log pi_ref": ref_logp[i], "Q_t": values[i, 1:]}
-                columns |= {"delta_t": steps[i], "sum_t": raw[i]} if args.advantage == "gae" else {}
-                columns |= {"A_t": adv, "ratio": ratio, "loss": -pushed}
+                columns |= {"delta_t": steps[i], "raw_t": raw[i], "A_t": adv, "ratio": ratio, "loss": -pushed}
                 for j in partners[i]:
                     print(f"\ntau: {answers[j].prompt[-1]['content']} | {tokenizer.decode(answers[j].response)}")
                 title = f"{answer.prompt[-1]['content']}   V(s_1) {values[i, 0]:.3f}"
@@ -1201,7 +1192,9 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
                             num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
-            why = error.__context__ or error
+            why = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(why, OSError):
+                raise
             stop(f"{source}: its rows cannot be cached ({why}): make room, or set HF_DATASETS_CACHE to where some is")
         table = table if len(raw) else datasets.Dataset.from_dict({x: [] for x in features}, features)
         bad = [reason for reason in table["bad"] if reason]
@@ -1789,15 +1782,8 @@ def writing(path: Path):
 
 # Copied from sft.FREE
 FREE = (
-    "resume",
-    "output_dir",
-    "report_to",
-    "save_every",
-    "max_skipped",
-    "micro_tokens",
-    "gradient_checkpointing",
-    "cache_gb",
-)
+    "resume", "output_dir", "report_to", "save_every", "max_skipped", "micro_tokens", "gradient_checkpointing", "cache_gb",
+)  # fmt: skip
 
 
 # Copied from sft._lock

@@ -342,6 +342,8 @@ class FunctionReward:
             factor, _, place = name.rpartition("*")
             path, _, function = place.rpartition(":")
             try:
+                if not (path.endswith(".py") and Path(path).is_file()):
+                    raise OSError(f"{path or place} is no file of Python")
                 found = importlib.util.spec_from_file_location(Path(path).stem, path)
                 module = importlib.util.module_from_spec(found)
                 found.loader.exec_module(module)
@@ -1194,7 +1196,9 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
                             num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
-            why = error.__context__ or error
+            why = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(why, OSError):
+                raise
             stop(f"{source}: its rows cannot be cached ({why}): make room, or set HF_DATASETS_CACHE to where some is")
         table = table if len(raw) else datasets.Dataset.from_dict({x: [] for x in features}, features)
         bad = [reason for reason in table["bad"] if reason]
@@ -1782,15 +1786,8 @@ def writing(path: Path):
 
 # Copied from sft.FREE
 FREE = (
-    "resume",
-    "output_dir",
-    "report_to",
-    "save_every",
-    "max_skipped",
-    "micro_tokens",
-    "gradient_checkpointing",
-    "cache_gb",
-)
+    "resume", "output_dir", "report_to", "save_every", "max_skipped", "micro_tokens", "gradient_checkpointing", "cache_gb",
+)  # fmt: skip
 
 
 # Copied from sft._lock

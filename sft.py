@@ -143,6 +143,8 @@ def answers(tokenizer, row: dict, args) -> list[tuple]:
     """(prompt ids, response ids, what the response is) of each answer that a row gives to learn: one, or with `messages` and
     --turns all each turn of the assistant. Each is an example of its own, rendered up to where it begins, as it will be when it
     is sampled; what stands before it is context."""
+    if "messages" in row and "completion" not in row:
+        raise ValueError("field messages does not end with an answer of the assistant")
     found = [(*encode(tokenizer, row, "completion", args), row["answer"])]
     chat = row["messages"][:-1] if "messages" in row and args.turns == "all" else []
     for i, message in enumerate(chat):
@@ -180,7 +182,12 @@ def train(args: Args) -> Path:
         held_out = list(
             load_data(args, "sft", lambda row: answers(tokenizer, row, args), args.eval_data, args.eval_split)
         )
-        held_out or stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no row to look at")
+        if not held_out:
+            stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no row to look at")
+        known = {repr(example[:2]) for example in examples}
+        twice = sum(repr(example[:2]) in known for example in held_out)
+        if twice and rank == 0:
+            print(f"--eval_data: {twice} of {len(held_out)} rows are learned as well: what they tell is not held out")
     if rank == 0 and examples[0][2] != "completion":
         print(f"{args.data}: of each row's responses the {examples[0][2]} one is imitated")
     torch.manual_seed(args.seed)
@@ -490,7 +497,9 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
                             num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
-            why = error.__context__ or error
+            why = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(why, OSError):
+                raise
             stop(f"{source}: its rows cannot be cached ({why}): make room, or set HF_DATASETS_CACHE to where some is")
         table = table if len(raw) else datasets.Dataset.from_dict({x: [] for x in features}, features)
         bad = [reason for reason in table["bad"] if reason]
@@ -1047,15 +1056,8 @@ def writing(path: Path):
 
 
 FREE = (
-    "resume",
-    "output_dir",
-    "report_to",
-    "save_every",
-    "max_skipped",
-    "micro_tokens",
-    "gradient_checkpointing",
-    "cache_gb",
-)
+    "resume", "output_dir", "report_to", "save_every", "max_skipped", "micro_tokens", "gradient_checkpointing", "cache_gb",
+)  # fmt: skip
 _lock = []  # held until this process ends or begins another run
 
 

@@ -48,7 +48,9 @@ YARDSTICKS = {
 
 
 MARK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
-PAGES = ("EXPERIMENTS.md", "README.md", "docs/faults.md", "docs/toy.md")
+LOGGED = {"sft": ("sft",), "rm": ("rm",), "gvm": ("gvm",), "dvpo": ("dvpo", "dvpo_q"), "ppo": ("ppo",), "vcb": ("vcb",), "rest": ("rest",),
+          "dpo": ("dpo", "ipo", "slic", "rrhf"), "reinforce": ("remax", "rloo", "grpo", "reinforce++")}  # fmt: skip
+PAGES = ("EXPERIMENTS.md", "README.md", "docs/faults.md", "docs/toy.md", *(f"docs/{script}.md" for script in LOGGED))
 NOT_YET = "*Not run yet.*"
 
 
@@ -331,6 +333,23 @@ def answer_sentiment(report: dict) -> str:
     return f"**Answer.** From {number('sft', 'gold', 'mean')} of the SFT policy, gold reward comes to: {each}."
 
 
+def logged(report: dict, names) -> str:
+    """Each metric of a script's runs: at the first step and over the last ten, the least and the greatest of the seeds."""
+    runs = [[name, report["logged"][name]] for name in names]
+    keys = list(dict.fromkeys(key for _, seeds in runs for one in seeds.values() for key in one))
+
+    def cell(seeds, key, at):
+        x = sorted(one[key][at] for one in seeds.values() if key in one)
+        low, high = (f"{v:.3g}".replace("-", "−") for v in (x[0], x[-1])) if x else ("–", "–")
+        return low if low == high else f"{low} to {high}"
+
+    head = [
+        "",
+        *(f"{NAMES.get(name, name)}: first step" if at == 0 else "last ten" for name, _ in runs for at in (0, 1)),
+    ]
+    return table(head, [[f"`{key}`", *(cell(seeds, key, at) for _, seeds in runs for at in (0, 1))] for key in keys])
+
+
 def gradients(found: Found) -> str:
     rows = [
         [text, shown(found.probed("gradient", name, "cosine")), shown(found.probed("gradient", name, "noise"), 1)]
@@ -492,7 +511,7 @@ def answer_breakdown(found: Found) -> str:
         return NOT_YET
     fell = lambda name: f"{len(broken(found, name))} of {len(found.seeds)} seeds"
     return (
-        f"What breaks down is the end of the answers: within two steps a policy finds that it need not end them (all are cut at the limit), which is malformed and costs all "
+        f"What breaks down is the end of the answers: within a few steps a policy finds that it need not end them (all are cut at the limit), which is malformed and costs all "
         f"gold, but the frozen GVM has never read such a text: its value at the cut stays far above the mean, and stands as the terminal one. That befell DVPO on {fell('dvpo')}, with the GVM "
         f"trained without τ on {fell('dvpo_no_tau')}, with exact values on {fell('dvpo_exact_q')}. `--eos_penalty 1`, a standard deviation off the value at a cut, is the remedy to try: {fell('dvpo_eos_penalty')} break down, "
         f"gold {shown(found.numbers('dvpo_eos_penalty', *GOLD))} (against PPO's {shown(found.numbers('dvpo_eos_penalty', *GOLD) - found.numbers('ppo', *GOLD))})."
@@ -667,6 +686,10 @@ def tables() -> dict[str, callable]:
             "noise": lambda: policies(toy, ("vcb", "vcb_noise_1", "dpo", "dpo_noise_1", "rest", "rest_noise_1"), FULL),
             "length": lambda: policies(toy, ("sft", "dpo", "dpo_length_penalty"), ("gold reward", "tokens", "KL to SFT"), against="dpo"),
         }  # fmt: skip
+        of = load("toy").get("logged", {})
+        for script, names in LOGGED.items():
+            if set(names) <= of.keys():
+                made[f"logged_{script}"] = lambda names=names: logged({"logged": of}, names)
         if toy.probes:
             made |= {
                 "answer_1": lambda: f"{answer_values(toy)}\n\n{answer_moved(toy)}\n\n{answer_tau(toy)}", "answer_2": lambda: answer_2(toy),

@@ -328,13 +328,26 @@ def measure(seed: int):
 
 
 def gathered(names, seeds) -> dict:
-    """runs: run -> seed -> what experiments/measure.py found; probes: seed -> what experiments/probes.py found."""
+    """runs: run -> seed -> what experiments/measure.py found; probes: seed -> what experiments/probes.py found; logged: run ->
+    seed -> metric -> its first row and the mean of its last ten."""
     read = lambda paths: {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.is_file()}
     at = lambda *parts: read({str(seed): Path(FOLDER / f"seed{seed}", *parts) for seed in seeds})
     return {
         "runs": {name: found for name in names if (found := at(name, "measured.json"))},
         "probes": at("probes.json"),
-    }
+        "logged": {
+            name: found for name in names
+            if (found := {str(seed): ends for seed in seeds if (ends := logged(FOLDER / f"seed{seed}" / name))})
+        },
+    }  # fmt: skip
+
+
+def logged(folder: Path, steps: int = 10) -> dict:
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    keys = [key for key in (rows or [{}])[0] if key != "step" and not key.endswith("seconds")]
+    mean = lambda key: sum(row[key] for row in rows[-steps:]) / len(rows[-steps:])
+    return {key: [float(f"{x:.4g}") for x in (rows[0][key], mean(key))] for key in keys}
 
 
 def merged(report: dict) -> dict:
@@ -343,12 +356,13 @@ def merged(report: dict) -> dict:
     old = json.loads(path.read_text()) if path.is_file() else {}
     if old.get("code") != report["code"]:
         return report
-    runs = {
-        name: dict(sorted((old["runs"].get(name, {}) | report["runs"].get(name, {})).items()))
-        for name in [*old["runs"], *report["runs"]]
+    both = lambda part: {
+        name: dict(sorted((old.get(part, {}).get(name, {}) | report[part].get(name, {})).items()))
+        for name in [*old.get(part, {}), *report[part]]
     }
     seeds = sorted({*old["seeds"], *report["seeds"]})
-    return report | {"seeds": seeds, "runs": runs, "probes": old["probes"] | report["probes"]}
+    parts = {"runs": both("runs"), "logged": both("logged"), "probes": old["probes"] | report["probes"]}
+    return report | {"seeds": seeds} | parts
 
 
 def commit() -> str:

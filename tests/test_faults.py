@@ -1,6 +1,7 @@
 """What goes wrong while a run writes, computes or is ended: nothing that was saved is lost, nothing that is not finite is kept."""
 
 import gzip
+import importlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import test_invariants as tiny
 from test_invariants import SCRIPTS, distance, metrics, run
 
+import sample
 import sft
 import toy
 from eval import samples
@@ -128,6 +130,85 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(home, tmp_path,
     assert "step_0000004 cannot be written" in error and "saved before" in error
     resumed = run(home, "sft", tmp_path / "out", resume=True, **SAVED)
     assert metrics(straight) == metrics(resumed) and distance(straight, resumed) == 0
+
+
+def test_rows_that_a_full_disk_does_not_take_are_one_line(home, tmp_path, capfd, monkeypatch):
+    """sample.py's rows, and what datasets caches: here the error that is left when closing the file fails as well."""
+    import datasets
+
+    words = [
+        f"--policy={home}/base",
+        f"--reward_model={home}/rm/final",
+        f"--data={home}/prompts.jsonl",
+        "--n=2",
+        "--max_response_tokens=8",
+    ]
+
+    def told(part: str):
+        with pytest.raises(SystemExit) as ended:
+            sample.main([*words, f"--output_dir={tmp_path}/{part}"])
+        assert ended.value.code == 2
+        (line,) = [x for x in re.split("\r|\n", capfd.readouterr().err) if x.startswith("error: ")]
+        return line
+
+    real = open
+    with monkeypatch.context() as patch:  # what stands on a device that is always full
+        full = lambda path, mode="r", **more: real("/dev/full" if mode == "a" else path, mode, **more)
+        patch.setattr(sample, "open", full, raising=False)
+        assert "rank_0.jsonl cannot be written: [Errno 28]" in told("rows")
+
+    def closed(*_, **__):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise ValueError("I/O operation on closed file")  # noqa: B904
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.Dataset, "map", closed)
+        assert "its rows cannot be cached ([Errno 28] No space left on device)" in told("cache")
+    with monkeypatch.context() as patch:  # a mistake of ours is none of the disk's
+        patch.setattr(datasets.Dataset, "map", lambda *_, **__: int("x"))
+        with pytest.raises(ValueError, match="invalid literal"):
+            sample.main([*words, f"--output_dir={tmp_path}/ours"])
+
+
+PROGRAMS = (
+    "alpaca",
+    "calibration",
+    "compare",
+    "demo",
+    "diversity",
+    "human",
+    "judge",
+    "report",
+    "token_values",
+    "value_accuracy",
+    "winrate",
+)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_eval_program_that_is_ended_or_cannot_write_says_so_in_one_line(capfd, monkeypatch, name):
+    module = importlib.import_module(f"eval.{name}")
+    for error, code, says in (
+        (KeyboardInterrupt(), 130, "ended by SIGINT; what was written is kept"),
+        (
+            PermissionError(13, "Permission denied", "out.json"),
+            2,
+            "error: out.json cannot be read or written: Permission denied",
+        ),
+    ):
+
+        def failing(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as patch:
+            for where in ("tyro.cli", "argparse.ArgumentParser.parse_args"):  # what all of them call first
+                patch.setattr(where, failing)
+            with pytest.raises(SystemExit) as ended:
+                module.main(["x"])
+        told = capfd.readouterr().err.strip().splitlines()
+        assert ended.value.code == code and told == [says]
 
 
 # ---------------------------------------------------------------------------------------------------------- run folders
@@ -454,8 +535,8 @@ def test_trace_shows_what_the_loss_is_made_of_and_leaves_no_files(home, tmp_path
                 assert row["gamma log-ratio"] == near(dpo_gamma * row["log-ratio"])
             else:
                 if script == "dvpo":
-                    mean, std = map(float, re.search(r"sum_t - (\S+)\) / (\S+),", shown.getvalue()).groups())
-                    assert row["A_t"] == near((row["sum_t"] - mean) / std, 1 / std)
+                    mean, std = map(float, re.search(r"raw_t - (\S+)\) / (\S+),", shown.getvalue()).groups())
+                    assert row["A_t"] == near((row["raw_t"] - mean) / std, 1 / std)
                 cut = min(max(row["ratio"], 0.8), 1.2)
                 assert row["loss"] == near(-min(row["ratio"] * row["A_t"], cut * row["A_t"]), row["A_t"])
     if script == "vcb":

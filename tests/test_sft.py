@@ -377,6 +377,20 @@ def test_each_answer_of_a_conversation_is_learned_and_nothing_else(tmp_path):
 LIMITS_ALL = SimpleNamespace(max_prompt_tokens=200, max_response_tokens=64, turns="all")
 
 
+def test_a_conversation_that_ends_with_the_user_gives_nothing_to_imitate():
+    chat = [message("user", "how is the soup ?"), message("assistant", "good ."), message("user", "and the bread ?")]
+    with pytest.raises(ValueError, match="field messages does not end with an answer of the assistant"):
+        sft.answers(toy.tokenizer(), sft.canonical({"messages": chat}), LIMITS_ALL)
+
+
+def test_rows_that_are_learned_are_not_called_held_out(tmp_path, capsys):
+    """Such as those of --eval_data toy, whose rows are the ones that are trained on."""
+    sft.train(
+        sft.Args(output_dir=str(tmp_path / "o"), steps=1, split="train[:40]", eval_data="toy", eval_split="train[:30]")
+    )
+    assert "--eval_data: 30 of 30 rows are learned as well" in capsys.readouterr().out
+
+
 def test_held_out_loss_is_the_stock_one_and_changes_no_step(tmp_path):
     from transformers import AutoModelForCausalLM
 
