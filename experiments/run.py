@@ -343,11 +343,14 @@ def gathered(names, seeds) -> dict:
 
 
 def logged(folder: Path, steps: int = 10) -> dict:
-    path = folder / "metrics.jsonl"
+    """Metric -> [its first number, the mean of those of the last ten rows]; a row has none where it was not finite."""
+    path, found = folder / "metrics.jsonl", {}
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    keys = [key for key in (rows or [{}])[0] if key != "step" and not key.endswith("seconds")]
-    mean = lambda key: sum(row[key] for row in rows[-steps:]) / len(rows[-steps:])
-    return {key: [float(f"{x:.4g}") for x in (rows[0][key], mean(key))] for key in keys}
+    for key in [key for key in (rows or [{}])[0] if key != "step" and not key.endswith("seconds")]:
+        numbers, last = ([x for row in some if (x := row[key]) is not None] for some in (rows, rows[-steps:]))
+        if last:
+            found[key] = [float(f"{x:.4g}") for x in (numbers[0], sum(last) / len(last))]
+    return found
 
 
 def merged(report: dict) -> dict:
@@ -357,8 +360,8 @@ def merged(report: dict) -> dict:
     if old.get("code") != report["code"]:
         return report
     both = lambda part: {
-        name: dict(sorted((old.get(part, {}).get(name, {}) | report[part].get(name, {})).items()))
-        for name in [*old.get(part, {}), *report[part]]
+        name: dict(sorted((old.get(part, {}).get(name, {}) | report.get(part, {}).get(name, {})).items()))
+        for name in [*old.get(part, {}), *report.get(part, {})]
     }
     seeds = sorted({*old["seeds"], *report["seeds"]})
     parts = {"runs": both("runs"), "logged": both("logged"), "probes": old["probes"] | report["probes"]}
