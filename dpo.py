@@ -147,6 +147,8 @@ class Args:
     """the part of --eval_data to read"""
     eval_every: int = 0
     """steps between such looks; 0 looks once, at the end"""
+    keep_best: bool = False
+    """keep in best/ the weights of the best such look, beside those of the end in final/"""
     micro_tokens: int = 4096
     """tokens per forward pass on one rank; a longer sequence is a pass of its own"""
     padding: bool = False
@@ -510,14 +512,7 @@ def train(args: Args) -> Path:
     if args.eval_data:
         held_out = load_groups(tokenizer, args, args.eval_data, args.eval_split, pairs_too=True)
         held_out = [q for q in held_out if select_pairs(q.rewards, "all")]
-        if not held_out:
-            stop(f"--eval_data {args.eval_data} ({args.eval_split}): no pair has an order")
-        known = {repr(q.rows) for q in groups}
-        twice = sum(repr(q.rows) in known for q in held_out)
-        if twice and rank == 0:
-            print(
-                f"--eval_data: {twice} of {len(held_out)} prompts are learned as well: what they tell is not held out"
-            )
+        check_held_out(args, [q.rows for q in held_out], (q.rows for q in groups), rank, "pair with an order")
     torch.manual_seed(args.seed)
     model = load_model("causal", args.policy, tokenizer, args)
     model = add_lora(model, args) if args.lora_r else model
@@ -529,7 +524,7 @@ def train(args: Args) -> Path:
     policy.check(engine)
     check_packing(engine, args)
     reference = load_reference(tokenizer, args, device)
-    run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "accuracy"))
+    run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "accuracy"), best="eval_accuracy")
     policy.eval()
     order_of = functools.lru_cache(1)(lambda epoch: shuffled(len(groups), args.seed, epoch))
 
@@ -950,6 +945,17 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
         gather_lists([], world)
         shutil.rmtree(folder, ignore_errors=True)  # what is mapped outlives its name
     return table.with_transform(lambda rows: {"example": [json.loads(x) for x in rows["example"]]})["example"]
+
+
+# Copied from sft.check_held_out
+def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
+    """--eval_data must have a `need`; how many of its rows are learned as well is told."""
+    if not held_out:
+        stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
+    known = set(map(repr, learned))
+    twice = sum(repr(x) in known for x in held_out)
+    if twice and rank == 0:
+        print(f"--eval_data: {twice} of {len(held_out)} rows are learned as well: what they tell is not held out")
 
 
 # Copied from sft.canonical
@@ -1643,8 +1649,13 @@ def model_card(args, script: str) -> str:
 class Run:
     """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
 
-    def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
+    def __init__(
+        self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
+    ):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
+        self.best = best if getattr(args, "keep_best", False) else ""
+        if self.best and not args.eval_every:
+            stop("--keep_best chooses among the looks at held-out data: give --eval_every, the steps between them")
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.trackers = []
@@ -1725,6 +1736,12 @@ class Run:
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
                 self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
+        if self.best in metrics:
+            found = float(metrics[self.best]) * (-1 if self.best.endswith("loss") else 1)
+            if found > self.state.get("best", -math.inf):
+                self.state["best"] = found
+                with writing(self.folder / "best"):
+                    self.write(self.folder / "best")
         signals = _signals
         if self.world > 1:
             signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []

@@ -149,6 +149,14 @@ class Args:
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 48
     """a response is sampled until EOS or this length (paper: 1024)"""
+    eval_data: str = ""
+    """held-out prompts, of which a response to each is judged during training: a file or hub name"""
+    eval_split: str = "test"
+    """the part of --eval_data to read"""
+    eval_every: int = 0
+    """rollouts between such looks; 0 looks once, at the end"""
+    keep_best: bool = False
+    """keep in best/ the weights of the best such look, beside those of the end in final/"""
     lora_r: int = 0
     """rank of LoRA adapters (alpha 32) on all linear layers of the policy; 0 trains all weights"""
     gradient_checkpointing: bool = False
@@ -728,6 +736,31 @@ def traced(args, world: int):
     return found
 
 
+def look(held_out, rollouts, engine, frozen, tau, tokenizer, args, rank: int, world: int, device) -> dict:
+    """Means of one response to each held-out (prompt ids, messages), drawn with the same noise at every look: Q_T as in
+    training, the log-ratio to the reference in nats, tokens, and the share that ended. tau: (pairs, tokens)."""
+    found = []
+    for at in range(0, len(held_out), args.rollout_batch_size):
+        some = held_out[at : at + args.rollout_batch_size]
+        each = len(some) // world
+        mine = slice(rank * each, (rank + 1) * each)
+        drawn = rollouts([ids for ids, _ in some[mine]], [key_of("held out", at + i) for i in range(len(some))[mine]])
+        responses = [response for response, _ in gather_lists(drawn, world)]
+        answers = [Answer(messages, response) for (_, messages), response in zip(some, responses, strict=True)]
+        partners = tau_partners([answer.key for answer in answers], tau[0], "held out")
+        turns = [
+            render(tokenizer, [answers[j] for j in js] + [answer], tau[1])
+            for js, answer in zip(partners, answers, strict=True)
+        ]
+        rows = [(ids, *row) for (ids, _), *row in zip(some, responses, turns, strict=True)]
+        logp, ref_logp, values = score_rollout(engine, frozen, rows, tokenizer, args, rank, world, device)
+        for response, kl, value in zip(responses, (logp - ref_logp).sum(1).tolist(), values.tolist(), strict=True):
+            whole = response[-1] in rollouts.ends
+            found.append((value[len(response)] - args.eos_penalty * (not whole), kl, len(response), float(whole)))
+    means = [sum(column) / len(found) for column in zip(*found, strict=True)]
+    return dict(zip(("eval_value", "eval_kl", "eval_length", "eval_eos_share"), means, strict=True)) if found else {}
+
+
 def train(args: Args) -> Path:
     from transformers import AutoConfig
 
@@ -754,6 +787,11 @@ def train(args: Args) -> Path:
         rollout = f"--rollout_batch_size {args.rollout_batch_size}"
         stop(f"{args.data} ({args.split}) has {len(questions)} prompts, below {rollout}")
 
+    held_out = list(load_data(args, "prompts", question, args.eval_data, args.eval_split)) if args.eval_data else []
+    if args.eval_data:
+        held_out = held_out[: len(held_out) // world * world]  # each rank answers as many
+        ids_of = lambda rows: [ids for ids, _ in rows]
+        check_held_out(args, ids_of(held_out), ids_of(questions), rank, "prompt for each rank")
     torch.manual_seed(args.seed)
     shared = load_shared(args, tokenizer) if args.share_backbone else None
     if shared is not None and args.lora_r:
@@ -772,13 +810,16 @@ def train(args: Args) -> Path:
     policy.check(engine)
     check_packing(engine, args)
     goal = "gold" if args.data == "toy" else "value"
-    run = Run(args, engine, model, tokenizer, rank, args.steps, started, bar=(goal, "kl"))
+    run = Run(args, engine, model, tokenizer, rank, args.steps, started, bar=(goal, "kl"), best="eval_value")
     run.state = {"kl_coef": args.kl_coef}
     run.restore()
     policy.train()
     rollouts = Rollouts(engine, policy.ends, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
+    looked = lambda: look(
+        held_out, rollouts, engine, frozen, (tau_pairs, tau_tokens), tokenizer, args, rank, world, device
+    )
     per_epoch = len(questions) // args.rollout_batch_size
     for step in range(run.step, args.steps):
         clock = [now(device)]
@@ -895,11 +936,15 @@ def train(args: Args) -> Path:
             with writing(run.folder / "samples.jsonl"), open(run.folder / "samples.jsonl", "a") as file:
                 for answer, text in list(zip(answers, texts, strict=True))[:4]:
                     file.write(json.dumps({"step": step + 1, "prompt": answer.prompt, "response": text}) + "\n")
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            metrics |= looked()
         run.log(metrics)
+    found = looked()
+    said = f"; Q_T {found['eval_value']:.3f} of held-out prompts, KL {found['eval_kl']:.2f}" if found else ""
     if model is shared:  # leave the GVM's parts out of the saved policy
         shared.delete_adapter("gvm")
         del plain(shared).score
-    return run.finish()
+    return run.finish(said, **found)
 
 
 def main(argv=None):
@@ -1211,6 +1256,17 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
         gather_lists([], world)
         shutil.rmtree(folder, ignore_errors=True)  # what is mapped outlives its name
     return table.with_transform(lambda rows: {"example": [json.loads(x) for x in rows["example"]]})["example"]
+
+
+# Copied from sft.check_held_out
+def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
+    """--eval_data must have a `need`; how many of its rows are learned as well is told."""
+    if not held_out:
+        stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
+    known = set(map(repr, learned))
+    twice = sum(repr(x) in known for x in held_out)
+    if twice and rank == 0:
+        print(f"--eval_data: {twice} of {len(held_out)} rows are learned as well: what they tell is not held out")
 
 
 # Copied from sft.canonical
@@ -1904,8 +1960,13 @@ def model_card(args, script: str) -> str:
 class Run:
     """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
 
-    def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
+    def __init__(
+        self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
+    ):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
+        self.best = best if getattr(args, "keep_best", False) else ""
+        if self.best and not args.eval_every:
+            stop("--keep_best chooses among the looks at held-out data: give --eval_every, the steps between them")
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.trackers = []
@@ -1986,6 +2047,12 @@ class Run:
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
                 self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
+        if self.best in metrics:
+            found = float(metrics[self.best]) * (-1 if self.best.endswith("loss") else 1)
+            if found > self.state.get("best", -math.inf):
+                self.state["best"] = found
+                with writing(self.folder / "best"):
+                    self.write(self.folder / "best")
         signals = _signals
         if self.world > 1:
             signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []

@@ -112,7 +112,15 @@ class Args:
     value_norm: Literal["none", "batch"] = "none"
     """`batch` applies eq. 2 to the Q inside the loss (paper), not to V(s_1): for --advantage q only"""
     eval_share: float = 0.05
-    """share of the prompts held out for the closing report (Table 4 of the paper)"""
+    """share of the prompts held out for the report (Table 4 of the paper)"""
+    eval_data: str = ""
+    """held-out rows of the same kind, in the place of --eval_share: a file or hub name"""
+    eval_split: str = "test"
+    """the part of --eval_data to read"""
+    eval_every: int = 0
+    """steps between looks at what is held out; 0 looks once, at the end"""
+    keep_best: bool = False
+    """keep in best/ the weights of the best such look, beside those of the end in final/"""
     lora_r: int = 0
     """rank of LoRA adapters (alpha 32) on all linear layers (paper: 8); 0 trains all weights"""
     lora_dropout: float = 0.1
@@ -398,7 +406,7 @@ def encode_graded(tokenizer, row: dict, args):
     return prompt, found, [float(response["score"]) for response in responses]
 
 
-def load_answers(tokenizer, args) -> list[Answer]:
+def load_answers(tokenizer, args, name: str = "", split: str = "") -> list[Answer]:
     """Graded rows and preference pairs as a flat list of answers; those of no named policy count as one policy's."""
 
     def answers(row):
@@ -407,7 +415,7 @@ def load_answers(tokenizer, args) -> list[Answer]:
 
     return [
         Answer(prompt, array("i", response), score, policy)
-        for prompt, *columns in load_data(args, "graded", answers)
+        for prompt, *columns in load_data(args, "graded", answers, name, split)
         for response, score, policy in zip(*columns, strict=True)
     ]
 
@@ -445,9 +453,16 @@ def train(args: Args) -> Path:
     missing(args.model, "python sft.py")
     tokenizer = load_tokenizer(args.model, args)
     answers = load_answers(tokenizer, args)
-    keys = sorted({answer.key for answer in answers})
-    held_out = {keys[i] for i in shuffled(len(keys), args.seed, -1)[: int(args.eval_share * len(keys))]}
-    training = [answer for answer in answers if answer.key not in held_out]
+    if args.eval_data:
+        held_out, training = load_answers(tokenizer, args, args.eval_data, args.eval_split), answers
+        answers = training + held_out
+        known = lambda answers: [(answer.key, answer.response) for answer in answers]
+        check_held_out(args, known(held_out), known(training), rank)
+    else:
+        keys = sorted({answer.key for answer in answers})
+        chosen = {keys[i] for i in shuffled(len(keys), args.seed, -1)[: int(args.eval_share * len(keys))]}
+        training = [answer for answer in answers if answer.key not in chosen]
+        held_out = [answer for answer in answers if answer.key in chosen]
     scores = np.array([answer.score for answer in training])
     if not len(scores) or scores.std() == 0:
         stop(f"{args.data} ({args.split}): {len(scores)} responses, all of one score: there is nothing to learn")
@@ -469,10 +484,11 @@ def train(args: Args) -> Path:
     plan = plan[: args.steps or None]
     engine = Engine(value_model, args, world)
     check_packing(engine, args)
-    run = Run(args, engine, model, tokenizer, rank, len(plan), started)
+    run = Run(args, engine, model, tokenizer, rank, len(plan), started, best="eval_accuracy_mean")
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     value_model.train()
+    look = lambda: evaluate(engine, tokenizer, answers, held_out, mean, std, args, rank, world, device)
     current, order = None, []
     for step in range(run.step, len(plan)):
         epoch, at = plan[step]
@@ -520,26 +536,33 @@ def train(args: Args) -> Path:
             engine.backward(loss, last=micro is micros[-1])
             loss_sum += loss.detach()
         rates = {"learning_rate": engine.rate, "grad_norm": engine.step()}
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            rates |= {f"eval_{key}": value for key, value in look().items()}
         run.log({"loss": all_sum(loss_sum), **rates, "positions": positions, "useful_tokens": useful})
-    accuracy = evaluate(engine, tokenizer, answers, held_out, args, rank, world, device)
-    best = accuracy.get("accuracy_mean")
-    found = f"; the mean of token values orders {best:.1%} of held-out pairs as their scores do" if best else ""
-    return run.finish(found, **accuracy)
+    found = look()
+    best = found.get("accuracy_mean")
+    said = f"; the mean of token values orders {best:.1%} of held-out pairs as their scores do" if best else ""
+    return run.finish(said, **found)
 
 
-def evaluate(engine, tokenizer, answers, held_out: set, args, rank: int, world: int, device) -> dict:
-    """Table 4 of the paper on the held-out prompts, tau drawn from the same policy's answers to other prompts."""
-    by_policy = {}
+def evaluate(
+    engine, tokenizer, answers, held_out, mean: float, std: float, args, rank: int, world: int, device
+) -> dict:
+    """Table 4 of the paper on the held-out answers, tau drawn from all answers of the same policy to other prompts; and the mean
+    squared error of Q_t as a prediction of the score less `mean`, by `std`."""
+    if not held_out:
+        return {}
+    by_policy, rng = {}, random.Random(args.seed)
     for answer in answers:
         by_policy.setdefault(answer.policy, []).append(answer)
-    rng, questions = random.Random(args.seed), [answer for answer in answers if answer.key in held_out]
-    if not questions:
-        return {}
+    groups = [choose_tau(by_policy[a.policy], a, args.tau_pairs, rng) + [a] for a in held_out]
     engine.module.eval()
-    groups = [choose_tau(by_policy[a.policy], a, args.tau_pairs, rng) + [a] for a in questions]
     values = predict(engine, tokenizer, groups, args, device, rank, world)
-    found = [(a.key, a.score, value_statistics(v[1:])) for a, v in zip(questions, values, strict=True)]
-    return {f"accuracy_{key}": round(value, 4) for key, value in pair_accuracy(found).items()}
+    engine.module.train()
+    found = [(a.key, a.score, value_statistics(v[1:])) for a, v in zip(held_out, values, strict=True)]
+    errors = [(v[1:] - (a.score - mean) / std) ** 2 for a, v in zip(held_out, values, strict=True)]
+    accuracy = {f"accuracy_{key}": round(value, 4) for key, value in pair_accuracy(found).items()}
+    return ({"mse": float(np.concatenate(errors).mean())} if args.value_norm == "none" else {}) | accuracy
 
 
 def main(argv=None):
@@ -851,6 +874,17 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
         gather_lists([], world)
         shutil.rmtree(folder, ignore_errors=True)  # what is mapped outlives its name
     return table.with_transform(lambda rows: {"example": [json.loads(x) for x in rows["example"]]})["example"]
+
+
+# Copied from sft.check_held_out
+def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
+    """--eval_data must have a `need`; how many of its rows are learned as well is told."""
+    if not held_out:
+        stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
+    known = set(map(repr, learned))
+    twice = sum(repr(x) in known for x in held_out)
+    if twice and rank == 0:
+        print(f"--eval_data: {twice} of {len(held_out)} rows are learned as well: what they tell is not held out")
 
 
 # Copied from sft.canonical
@@ -1487,8 +1521,13 @@ def model_card(args, script: str) -> str:
 class Run:
     """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
 
-    def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
+    def __init__(
+        self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
+    ):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
+        self.best = best if getattr(args, "keep_best", False) else ""
+        if self.best and not args.eval_every:
+            stop("--keep_best chooses among the looks at held-out data: give --eval_every, the steps between them")
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.trackers = []
@@ -1569,6 +1608,12 @@ class Run:
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
                 self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
+        if self.best in metrics:
+            found = float(metrics[self.best]) * (-1 if self.best.endswith("loss") else 1)
+            if found > self.state.get("best", -math.inf):
+                self.state["best"] = found
+                with writing(self.folder / "best"):
+                    self.write(self.folder / "best")
         signals = _signals
         if self.world > 1:
             signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []

@@ -151,6 +151,14 @@ class Args:
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 48
     """a response is sampled until EOS or this length"""
+    eval_data: str = ""
+    """held-out prompts, of which a response to each is judged during training: a file or hub name"""
+    eval_split: str = "test"
+    """the part of --eval_data to read"""
+    eval_every: int = 0
+    """rollouts between such looks; 0 looks once, at the end"""
+    keep_best: bool = False
+    """keep in best/ the weights of the best such look, beside those of the end in final/"""
     lora_r: int = 0
     """rank of LoRA adapters (alpha 32) on all linear layers of policy and critic; 0 trains all weights"""
     gradient_checkpointing: bool = False
@@ -732,6 +740,31 @@ def traced(args, world: int):
     return found
 
 
+def look(held_out, rollouts, reference, reward, tokenizer, args, rank: int, world: int, device) -> dict:
+    """Means of one response to each held-out (prompt ids, messages), drawn with the same noise at every look: the reward as in
+    training, the log-ratio to the reference in nats, tokens, and the share that ended."""
+    found = []
+    for at in range(0, len(held_out), args.rollout_batch_size):
+        some = held_out[at : at + args.rollout_batch_size]
+        each = len(some) // world
+        mine = slice(rank * each, (rank + 1) * each)
+        drawn = rollouts([ids for ids, _ in some[mine]], [key_of("held out", at + i) for i in range(len(some))[mine]])
+        responses, sampled = zip(*gather_lists(drawn, world), strict=True)
+        complete = [response[-1] in rollouts.ends for response in responses]
+        texts = [tokenizer.decode([t for t in r if t not in rollouts.ends]) for r in responses]
+        scores = reward([messages for _, messages in some[mine]], texts[mine], complete[mine], rank, world)
+        rows = [(ids, response) for (ids, _), response in zip(some, responses, strict=True)]
+        scored = lambda micro: [reference(collate(micro, tokenizer.pad_token_id, device, args), args.temperature)]
+        (ref_logp,) = over_ranks(rows, (max(map(len, responses)),), scored, rank, world, args, device)
+        for score, whole, response, logp, ref in zip(
+            scores, complete, responses, sampled, ref_logp.tolist(), strict=True
+        ):
+            score = (score - reward.mean) / reward.std - args.eos_penalty * (not whole)
+            found.append((score, sum(logp) - sum(ref), len(response), float(whole)))
+    means = [sum(column) / len(found) for column in zip(*found, strict=True)]
+    return dict(zip(("eval_reward", "eval_kl", "eval_length", "eval_eos_share"), means, strict=True)) if found else {}
+
+
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
@@ -755,6 +788,11 @@ def train(args: Args) -> Path:
 
     if args.reward_model == "gold" and not args.reward:  # prompts of other worlds are told before anything is written
         reward([messages for _, messages in questions], [""] * len(questions), [True] * len(questions))
+    held_out = list(load_data(args, "prompts", question, args.eval_data, args.eval_split)) if args.eval_data else []
+    if args.eval_data:
+        held_out = held_out[: len(held_out) // world * world]  # each rank answers as many
+        ids_of = lambda rows: [ids for ids, _ in rows]
+        check_held_out(args, ids_of(held_out), ids_of(questions), rank, "prompt for each rank")
     torch.manual_seed(args.seed)
     model = load_model("causal", args.policy, tokenizer, args)
     model = add_lora(model, args) if args.lora_r else model
@@ -769,13 +807,24 @@ def train(args: Args) -> Path:
     check_packing(engine, args)
     check_packing(critic_engine, args)
     goal = "gold" if args.data == "toy" else "reward"
-    run = Run(args, Engines(engine, critic_engine), model, tokenizer, rank, args.steps, started, bar=(goal, "kl"))
+    run = Run(
+        args,
+        Engines(engine, critic_engine),
+        model,
+        tokenizer,
+        rank,
+        args.steps,
+        started,
+        bar=(goal, "kl"),
+        best="eval_reward",
+    )
     run.state = {"kl_coef": args.kl_coef}
     run.restore()
     policy.train(), critic.train()
     rollouts = Rollouts(engine, policy.ends, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
     drawn = slice(rank * per_rank * args.best_of, (rank + 1) * per_rank * args.best_of)  # before the best are kept
+    looked = lambda: look(held_out, rollouts, reference, reward, tokenizer, args, rank, world, device)
     per_epoch = len(questions) // args.rollout_batch_size
     for step in range(run.step, args.steps):
         clock = [now(device)]
@@ -902,8 +951,12 @@ def train(args: Args) -> Path:
             with writing(run.folder / "samples.jsonl"), open(run.folder / "samples.jsonl", "a") as file:
                 for prompt, text in list(zip(asked, texts, strict=True))[:4]:
                     file.write(json.dumps({"step": step + 1, "prompt": prompt, "response": text}) + "\n")
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            metrics |= looked()
         run.log(metrics)
-    return run.finish()
+    found = looked()
+    said = f"; reward {found['eval_reward']:.3f} of held-out prompts, KL {found['eval_kl']:.2f}" if found else ""
+    return run.finish(said, **found)
 
 
 def main(argv=None):
@@ -1215,6 +1268,17 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
         gather_lists([], world)
         shutil.rmtree(folder, ignore_errors=True)  # what is mapped outlives its name
     return table.with_transform(lambda rows: {"example": [json.loads(x) for x in rows["example"]]})["example"]
+
+
+# Copied from sft.check_held_out
+def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
+    """--eval_data must have a `need`; how many of its rows are learned as well is told."""
+    if not held_out:
+        stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
+    known = set(map(repr, learned))
+    twice = sum(repr(x) in known for x in held_out)
+    if twice and rank == 0:
+        print(f"--eval_data: {twice} of {len(held_out)} rows are learned as well: what they tell is not held out")
 
 
 # Copied from sft.canonical
@@ -1908,8 +1972,13 @@ def model_card(args, script: str) -> str:
 class Run:
     """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
 
-    def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
+    def __init__(
+        self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
+    ):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
+        self.best = best if getattr(args, "keep_best", False) else ""
+        if self.best and not args.eval_every:
+            stop("--keep_best chooses among the looks at held-out data: give --eval_every, the steps between them")
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.trackers = []
@@ -1990,6 +2059,12 @@ class Run:
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
                 self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
+        if self.best in metrics:
+            found = float(metrics[self.best]) * (-1 if self.best.endswith("loss") else 1)
+            if found > self.state.get("best", -math.inf):
+                self.state["best"] = found
+                with writing(self.folder / "best"):
+                    self.write(self.folder / "best")
         signals = _signals
         if self.world > 1:
             signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []

@@ -88,7 +88,15 @@ class Args:
     max_response_tokens: int = 64
     """a longer response is cut, and then has no end token"""
     eval_share: float = 0.05
-    """share of the prompts held out for the closing accuracy"""
+    """share of the prompts held out for the accuracy that is told"""
+    eval_data: str = ""
+    """held-out rows of the same kind, in the place of --eval_share: a file or hub name"""
+    eval_split: str = "test"
+    """the part of --eval_data to read"""
+    eval_every: int = 0
+    """steps between looks at what is held out; 0 looks once, at the end"""
+    keep_best: bool = False
+    """keep in best/ the weights of the best such look, beside those of the end in final/"""
     lora_r: int = 0
     """rank of LoRA adapters (alpha 32) on all linear layers (paper: 8); 0 trains all weights"""
     lora_dropout: float = 0.1
@@ -260,6 +268,18 @@ def sequences_of(tokenizer, row: dict, decoder: bool, args) -> list:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
+def evaluate(engine, held_out: list, pad_token_id: int, args, rank: int, world: int, device) -> dict:
+    """Loss and accuracy on the ordered pairs of questions (key, sequences, scores) that are not learned."""
+    if not held_out:
+        return {}
+    sequences = [sequence for _, of, _ in held_out for sequence in of]
+    rewards = iter(score_sequences(engine, sequences, pad_token_id, args, rank, world, device))
+    found = [[next(rewards) for _ in of] for _, of, _ in held_out]
+    pairs = [(r[i], r[j]) for r, (*_, scores) in zip(found, held_out, strict=True) for i, j in ordered_pairs(scores)]
+    loss, right = reward_loss(*torch.tensor(pairs).unbind(1), len(pairs))
+    return {"eval_loss": float(loss), "eval_accuracy": float(right) / len(pairs), "eval_pairs": len(pairs)}
+
+
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
@@ -271,9 +291,15 @@ def train(args: Args) -> Path:
         distinct_pad(tokenizer)
     questions = load_data(args, "graded", lambda row: sequences_of(tokenizer, row, decoder, args))
     asked = [key for key, *_ in questions]
-    keys = sorted(set(asked))
-    held_out = {keys[i] for i in shuffled(len(keys), args.seed, -1)[: int(args.eval_share * len(keys))]}
-    training = [i for i, key in enumerate(asked) if key not in held_out]
+    if args.eval_data:
+        row = lambda row: sequences_of(tokenizer, row, decoder, args)
+        held_out, training = list(load_data(args, "graded", row, args.eval_data, args.eval_split)), [*range(len(asked))]
+        check_held_out(args, [of for _, of, _ in held_out], (of for _, of, _ in questions), rank, "pair with an order")
+    else:
+        keys = sorted(set(asked))
+        chosen = {keys[i] for i in shuffled(len(keys), args.seed, -1)[: int(args.eval_share * len(keys))]}
+        training = [i for i, key in enumerate(asked) if key not in chosen]
+        held_out = [questions[i] for i, key in enumerate(asked) if key in chosen]
     if not training:
         stop(f"{args.data} ({args.split}) has no pair of responses with different scores: there is nothing to learn")
     torch.manual_seed(args.seed)
@@ -285,10 +311,24 @@ def train(args: Args) -> Path:
     total = args.steps or args.epochs * per_epoch
     engine = Engine(reward_model, args, world)
     check_packing(engine, args)
-    run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "accuracy"))
+    run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "accuracy"), best="eval_accuracy")
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     reward_model.train()
+
+    def look() -> dict:
+        reward_model.eval()
+        found = evaluate(engine, held_out, tokenizer.pad_token_id, args, rank, world, device)
+        if args.keep_best or run.step == total:  # what is kept knows its rewards' mean and standard deviation
+            sequences = [sequence for i in training[:1000] for sequence in questions[i][1]]
+            rewards = torch.tensor(
+                score_sequences(engine, sequences, tokenizer.pad_token_id, args, rank, world, device)
+            )
+            config = plain(model).config
+            config.reward_mean, config.reward_std = float(rewards.mean()), float(rewards.std(correction=0))
+        reward_model.train()
+        return found
+
     for step in range(run.step, total):
         order = shuffled(len(training), args.seed, step // per_epoch)
         at = (step % per_epoch) * args.batch_size
@@ -313,21 +353,18 @@ def train(args: Args) -> Path:
         grad_norm = engine.step()
         loss, accuracy = all_sum(sums)
         rates = {"learning_rate": engine.rate, "grad_norm": grad_norm}
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            rates |= look()
         run.log({"loss": loss, "accuracy": accuracy, **rates, "pairs": pairs, "useful_tokens": useful})
 
-    reward_model.eval()
-    some = training[:1000] + [i for i, key in enumerate(asked) if key in held_out]
-    sequences = [sequence for i in some for sequence in questions[i][1]]
-    scores = iter(score_sequences(engine, sequences, tokenizer.pad_token_id, args, rank, world, device))
-    found = {i: [next(scores) for _ in questions[i][1]] for i in some}
-    rewards = torch.tensor([reward for i in training[:1000] for reward in found[i]])
-    config = plain(model).config
-    config.reward_mean, config.reward_std = float(rewards.mean()), float(rewards.std(correction=0))
-    held = [(found[i], questions[i][2]) for i in some if asked[i] in held_out]
-    wins = [rewards[i] > rewards[j] for rewards, scores in held for i, j in ordered_pairs(scores)]
-    accuracy = round(sum(wins) / len(wins), 4) if wins else None
-    said = f"; orders {accuracy:.1%} of {len(wins)} held-out pairs as their scores do" if wins else ""
-    return run.finish(said, accuracy=accuracy)
+    found = look()
+    said = (
+        f"; orders {found['eval_accuracy']:.1%} of {found['eval_pairs']} held-out pairs as their scores do"
+        if found
+        else ""
+    )
+    accuracy = found.pop("eval_accuracy", None)
+    return run.finish(said, accuracy=accuracy, **found)
 
 
 def main(argv=None):
@@ -639,6 +676,17 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
         gather_lists([], world)
         shutil.rmtree(folder, ignore_errors=True)  # what is mapped outlives its name
     return table.with_transform(lambda rows: {"example": [json.loads(x) for x in rows["example"]]})["example"]
+
+
+# Copied from sft.check_held_out
+def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
+    """--eval_data must have a `need`; how many of its rows are learned as well is told."""
+    if not held_out:
+        stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
+    known = set(map(repr, learned))
+    twice = sum(repr(x) in known for x in held_out)
+    if twice and rank == 0:
+        print(f"--eval_data: {twice} of {len(held_out)} rows are learned as well: what they tell is not held out")
 
 
 # Copied from sft.canonical
@@ -1275,8 +1323,13 @@ def model_card(args, script: str) -> str:
 class Run:
     """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
 
-    def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
+    def __init__(
+        self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
+    ):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
+        self.best = best if getattr(args, "keep_best", False) else ""
+        if self.best and not args.eval_every:
+            stop("--keep_best chooses among the looks at held-out data: give --eval_every, the steps between them")
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.trackers = []
@@ -1357,6 +1410,12 @@ class Run:
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
                 self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
+        if self.best in metrics:
+            found = float(metrics[self.best]) * (-1 if self.best.endswith("loss") else 1)
+            if found > self.state.get("best", -math.inf):
+                self.state["best"] = found
+                with writing(self.folder / "best"):
+                    self.write(self.folder / "best")
         signals = _signals
         if self.world > 1:
             signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []

@@ -98,6 +98,8 @@ class Args:
     """the part of --eval_data to read"""
     eval_every: int = 0
     """steps between such looks; 0 looks once, at the end"""
+    keep_best: bool = False
+    """keep in best/ the weights of the best such look, beside those of the end in final/"""
     chat_template: str = ""
     """a Jinja file to give to a tokenizer that has no chat template (base models); `plain` for `User: ... Assistant: ...`"""
     lora_r: int = 0
@@ -182,12 +184,7 @@ def train(args: Args) -> Path:
         held_out = list(
             load_data(args, "sft", lambda row: answers(tokenizer, row, args), args.eval_data, args.eval_split)
         )
-        if not held_out:
-            stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no row to look at")
-        known = {repr(example[:2]) for example in examples}
-        twice = sum(repr(example[:2]) in known for example in held_out)
-        if twice and rank == 0:
-            print(f"--eval_data: {twice} of {len(held_out)} rows are learned as well: what they tell is not held out")
+        check_held_out(args, [example[:2] for example in held_out], (example[:2] for example in examples), rank)
     if rank == 0 and examples[0][2] != "completion":
         print(f"{args.data}: of each row's responses the {examples[0][2]} one is imitated")
     torch.manual_seed(args.seed)
@@ -516,6 +513,16 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
         gather_lists([], world)
         shutil.rmtree(folder, ignore_errors=True)  # what is mapped outlives its name
     return table.with_transform(lambda rows: {"example": [json.loads(x) for x in rows["example"]]})["example"]
+
+
+def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
+    """--eval_data must have a `need`; how many of its rows are learned as well is told."""
+    if not held_out:
+        stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
+    known = set(map(repr, learned))
+    twice = sum(repr(x) in known for x in held_out)
+    if twice and rank == 0:
+        print(f"--eval_data: {twice} of {len(held_out)} rows are learned as well: what they tell is not held out")
 
 
 def canonical(row: dict) -> dict:
@@ -1169,8 +1176,13 @@ def model_card(args, script: str) -> str:
 class Run:
     """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
 
-    def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
+    def __init__(
+        self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
+    ):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
+        self.best = best if getattr(args, "keep_best", False) else ""
+        if self.best and not args.eval_every:
+            stop("--keep_best chooses among the looks at held-out data: give --eval_every, the steps between them")
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.trackers = []
@@ -1251,6 +1263,12 @@ class Run:
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
                 self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
+        if self.best in metrics:
+            found = float(metrics[self.best]) * (-1 if self.best.endswith("loss") else 1)
+            if found > self.state.get("best", -math.inf):
+                self.state["best"] = found
+                with writing(self.folder / "best"):
+                    self.write(self.folder / "best")
         signals = _signals
         if self.world > 1:
             signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []

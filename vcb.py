@@ -107,6 +107,14 @@ class Args:
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 48
     """a longer response is cut, and then has no EOS; sample.py's own limit keeps what it drew"""
+    eval_data: str = ""
+    """held-out graded rows, looked at during training: a file or hub name"""
+    eval_split: str = "test"
+    """the part of --eval_data to read"""
+    eval_every: int = 0
+    """steps between such looks; 0 looks once, at the end"""
+    keep_best: bool = False
+    """keep in best/ the weights of the best such look, beside those of the end in final/"""
     lora_r: int = 0
     """rank of LoRA adapters (alpha 32) on all linear layers; 0 trains all weights"""
     gradient_checkpointing: bool = False
@@ -343,6 +351,23 @@ def traced(args, world: int):
     return found
 
 
+def evaluate(engine, held_out: list, tokenizer, args, rank: int, world: int, device) -> dict:
+    """Loss above its floor, mean |s_i - s_j| and share of misaligned pairs of groups that are not learned."""
+    if not held_out:
+        return {}
+    engine.module.eval()
+    rows = [row for group in held_out for row in group.rows]
+    logps = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args, rank, world, device))
+    engine.module.train()
+    logp = padded([[next(logps) for _ in group.rows] for group in held_out], device)
+    ref_logp, reward = (padded([getattr(group, x) for group in held_out], device) for x in ("ref_logp", "rewards"))
+    mask = padded([[1.0] * len(group.rows) for group in held_out], device) > 0
+    losses = vcb_loss(logp, ref_logp, reward, gamma=args.gamma, lam=args.lam, pairs=args.pairs, mask=mask)
+    loss = losses.mean() - floor(mask.sum(1).float(), lam=args.lam, pairs=args.pairs).mean()
+    gap, misaligned, pairs = calibration(logp - ref_logp, reward, mask, args.gamma, pairs=args.pairs)
+    return {"eval_loss": float(loss), "eval_pair_gap": float(gap / pairs), "eval_misaligned": float(misaligned / pairs)}
+
+
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
@@ -352,6 +377,9 @@ def train(args: Args) -> Path:
     if args.data == Args.data and not Path(args.data).is_file():
         stop(f"{args.data} does not exist: run `python sample.py` first, or name other graded rows with --data")
     groups = load_groups(tokenizer, args, args.data, args.split)
+    held_out = load_groups(tokenizer, args, args.eval_data, args.eval_split) if args.eval_data else []
+    if args.eval_data:
+        check_held_out(args, [group.rows for group in held_out], (group.rows for group in groups), rank)
     torch.manual_seed(args.seed)
     model = load_model("causal", args.policy, tokenizer, args)
     model = add_lora(model, args) if args.lora_r else model
@@ -365,11 +393,12 @@ def train(args: Args) -> Path:
     reference = load_reference(tokenizer, args, device)
     run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "misaligned"))
     policy.eval()
-    add_reference(groups, reference or engine, run, tokenizer, args, rank, world, device)
+    add_reference(groups + held_out, reference or engine, run, tokenizer, args, rank, world, device)
     del reference
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
+    look = lambda: evaluate(engine, held_out, tokenizer, args, rank, world, device)
     for step in range(run.step, total):
         order = shuffled(len(groups), args.seed, step // per_epoch)
         at = (step % per_epoch) * args.batch_size
@@ -406,6 +435,7 @@ def train(args: Args) -> Path:
             shutil.rmtree(run.folder)
             return run.folder
         loss, gap, misaligned, pairs, drift, responses, kl = all_sum(sums)
+        looked = look() if args.eval_every and (step + 1) % args.eval_every == 0 else {}
         run.log(
             {
                 "loss": loss,  # above its floor
@@ -416,9 +446,12 @@ def train(args: Args) -> Path:
                 "useful_tokens": useful,
                 "learning_rate": engine.rate,
                 "grad_norm": grad_norm,
+                **looked,
             }
         )
-    return run.finish()
+    found = look()
+    said = f"; {found['eval_misaligned']:.1%} of held-out pairs misaligned" if found else ""
+    return run.finish(said, **found)
 
 
 def main(argv=None):
@@ -730,6 +763,17 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
         gather_lists([], world)
         shutil.rmtree(folder, ignore_errors=True)  # what is mapped outlives its name
     return table.with_transform(lambda rows: {"example": [json.loads(x) for x in rows["example"]]})["example"]
+
+
+# Copied from sft.check_held_out
+def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
+    """--eval_data must have a `need`; how many of its rows are learned as well is told."""
+    if not held_out:
+        stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
+    known = set(map(repr, learned))
+    twice = sum(repr(x) in known for x in held_out)
+    if twice and rank == 0:
+        print(f"--eval_data: {twice} of {len(held_out)} rows are learned as well: what they tell is not held out")
 
 
 # Copied from sft.canonical
@@ -1423,8 +1467,13 @@ def model_card(args, script: str) -> str:
 class Run:
     """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
 
-    def __init__(self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",)):
+    def __init__(
+        self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
+    ):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
+        self.best = best if getattr(args, "keep_best", False) else ""
+        if self.best and not args.eval_every:
+            stop("--keep_best chooses among the looks at held-out data: give --eval_every, the steps between them")
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.trackers = []
@@ -1505,6 +1554,12 @@ class Run:
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
                 self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
+        if self.best in metrics:
+            found = float(metrics[self.best]) * (-1 if self.best.endswith("loss") else 1)
+            if found > self.state.get("best", -math.inf):
+                self.state["best"] = found
+                with writing(self.folder / "best"):
+                    self.write(self.folder / "best")
         signals = _signals
         if self.world > 1:
             signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []

@@ -16,6 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import test_invariants as tiny
+from test_looks import KEYS as LOOKS
 
 import kernels
 import sample
@@ -175,10 +176,10 @@ def logged(home: Path, name: str, out: Path) -> set[str]:
         (row,) = {tuple(r) for line in tiny.jsonl(out / "graded.jsonl") for r in line["responses"]}
         return {*json.loads((out / "summary.json").read_text()), *row}
     changes, keys = {"steps": 2}, set()
-    if name == "sft":
-        changes |= {"eval_data": str(home / "sft.jsonl"), "eval_split": "train"}
+    if name in ("sft", *LOOKS):
+        held = {"sft": "sft.jsonl"} | dict.fromkeys(tiny.ROLLOUT, "prompts.jsonl")
+        changes |= {"eval_data": str(home / held.get(name, "graded.jsonl")), "eval_split": "train", "eval_every": 2}
     if name == "dpo":
-        changes |= {"eval_data": str(home / "graded.jsonl"), "eval_split": "train"}
         kto = tiny.run(home, name, f"{out}-kto", loss="kto", **changes)
         keys = {key for row in tiny.jsonl(kto / "metrics.jsonl") for key in row}
     folder = tiny.run(home, name, out, **changes)

@@ -430,3 +430,30 @@ def test_held_out_loss_is_the_stock_one_and_changes_no_step(tmp_path):
     summary = json.loads((final.parent / "summary.json").read_text())
     assert summary["eval_loss"] == pytest.approx(nll / tokens, abs=1e-3)
     assert logged[0][3]["eval_loss"] == pytest.approx(nll / tokens, rel=1e-5)
+
+
+def test_the_best_look_is_kept(tmp_path):
+    """With a rate at which the held-out loss falls and rises again: best/ is the model of the lowest, final/ the last."""
+    rows = [
+        {"prompt": x, "completion": toy.write(toy.TRAIN_POLICIES[0], x, random.Random(i))}
+        for i, x in enumerate(toy.prompts("sft")[:12])
+    ]
+    for name, some in (("train", rows[:4]), ("held", rows[4:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    how = {"data": str(tmp_path / "train.jsonl"), "eval_data": str(tmp_path / "held.jsonl"), "eval_split": "train"}
+    how |= {"batch_size": 4, "learning_rate": 4e-3, "warmup_steps": 1, "eval_every": 2}
+    final = sft.train(sft.Args(output_dir=str(tmp_path / "kept"), steps=24, keep_best=True, **how))
+    looks = {
+        row["step"]: row["eval_loss"]
+        for row in map(json.loads, (final.parent / "metrics.jsonl").read_text().splitlines())
+        if "eval_loss" in row
+    }
+    best = min(looks, key=looks.get)
+    assert 2 < best < 24 and looks[24] > looks[best] + 0.02
+    again = sft.Args(
+        model=str(final.parent / "best"), output_dir=str(tmp_path / "again"), steps=1, **how | {"learning_rate": 1e-12}
+    )
+    found = json.loads((sft.train(again).parent / "summary.json").read_text())["eval_loss"]
+    assert found == pytest.approx(looks[best], abs=1e-4)
+    with pytest.raises(SystemExit):
+        sft.train(sft.Args(output_dir=str(tmp_path / "no"), keep_best=True))

@@ -1,0 +1,115 @@
+"""--eval_data, --eval_every, --keep_best: looks at held-out rows say what a separate reading of the same weights says, and
+change no step of the training."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import test_invariants as tiny
+
+import gvm
+import rm
+import toy
+
+home = tiny.home  # a fixture: a tiny policy, data, a GVM and a reward model
+KEYS = {
+    "rm": {"eval_loss", "eval_accuracy", "eval_pairs"},
+    "gvm": {"eval_mse", *(f"eval_accuracy_{x}" for x in ("mean", "P1", "P5", "P10", "P90", "P95", "P99"))},
+    "vcb": {"eval_loss", "eval_pair_gap", "eval_misaligned"},
+    "dpo": {"eval_accuracy", "eval_pairs"},
+    "dvpo": {"eval_value", "eval_kl", "eval_length", "eval_eos_share"},
+    "ppo": {"eval_reward", "eval_kl", "eval_length", "eval_eos_share"},
+    "reinforce": {"eval_reward", "eval_kl", "eval_length", "eval_eos_share"},
+}
+
+
+def held(home, script) -> dict:
+    rows = tiny.jsonl(home / ("prompts.jsonl" if script in tiny.ROLLOUT else "graded.jsonl"))
+    tiny.write_jsonl(home / f"{script}-held.jsonl", rows[4:])
+    tiny.write_jsonl(home / f"{script}-rest.jsonl", rows[:4])
+    found = {"eval_data": str(home / f"{script}-held.jsonl"), "eval_split": "train", "eval_every": 2}
+    return found | ({} if script in tiny.ROLLOUT else {"data": f"{script}-rest.jsonl"})
+
+
+@pytest.mark.parametrize("script", KEYS)
+def test_looks_change_no_step_and_the_last_is_in_the_summary(home, tmp_path, script):
+    how = held(home, script) | {"steps": 4}
+    looked = tiny.run(home, script, tmp_path / "looked", keep_best=True, **how)
+    plain = tiny.run(home, script, tmp_path / "plain", **{k: v for k, v in how.items() if not k.startswith("eval")})
+    rows, others = tiny.metrics(looked), tiny.metrics(plain)
+    assert [row["step"] for row in rows if KEYS[script] <= row.keys()] == [2, 4]
+    own = [{k: v for k, v in row.items() if not k.startswith("eval_")} for row in rows]
+    if script in tiny.OFFLINE:  # the reference's log-probs are made for all rows at once: others' rounding
+        tiny.same_metrics(own, others)
+        assert tiny.distance(looked, plain) < 1e-4
+    else:
+        assert own == others and tiny.distance(looked, plain) == 0
+    summary = json.loads((looked / "summary.json").read_text())
+    for key in KEYS[script]:
+        last = summary.get(key, summary.get(key.removeprefix("eval_")))
+        assert last == pytest.approx(rows[-1][key], abs=1e-4), key
+    assert (looked / "best" / "config.json").is_file() and not (plain / "best").exists()
+
+
+def test_a_reward_models_look_equals_its_pairs_in_float64(home, tmp_path):
+    folder = tiny.run(home, "rm", tmp_path / "o", keep_best=True, **held(home, "rm"))
+    args = rm.Args(max_prompt_tokens=64)
+    tokenizer = toy.tokenizer()
+    model = rm.load_model("reward", str(folder / "final"), tokenizer, args, frozen=True).double()
+    right = pairs = loss = 0.0
+    for row in tiny.jsonl(home / "rm-held.jsonl"):
+        questions = rm.sequences_of(tokenizer, rm.canonical(row), True, args)  # none where all scores are equal
+        _, sequences, scores = questions[0] if questions else ("", [], [])
+        found = [float(model(torch.tensor([ids])).logits) for ids in sequences]
+        for i, j in rm.ordered_pairs(scores):
+            pairs, right, loss = (
+                pairs + 1,
+                right + (found[i] > found[j]),
+                loss + math.log1p(math.exp(found[j] - found[i])),
+            )
+    last = tiny.metrics(folder)[-1]
+    assert (last["eval_pairs"], last["eval_accuracy"]) == (pairs, pytest.approx(right / pairs))
+    assert last["eval_loss"] == pytest.approx(loss / pairs, rel=1e-4)
+    config = json.loads((folder / "best" / "config.json").read_text())
+    assert config["reward_std"] > 0 and "reward_mean" in config
+
+
+def test_a_gvms_look_equals_its_token_values(home, tmp_path):
+    """Without tau the values of a held-out answer are one forward pass of the stock model."""
+    folder = tiny.run(home, "gvm", tmp_path / "o", tau_pairs=0, **held(home, "gvm"))
+    args, tokenizer = gvm.Args(tau_pairs=0), toy.tokenizer()
+    model = gvm.load_model("value", str(folder / "final"), tokenizer, args, frozen=True)
+    rest, config = gvm.load_answers(tokenizer, args, str(home / "gvm-rest.jsonl"), "train"), model.config
+    scores = np.array([answer.score for answer in rest])
+    assert (config.reward_mean, config.reward_std) == pytest.approx((scores.mean(), scores.std()))
+    errors = []
+    for answer in gvm.load_answers(tokenizer, args, str(home / "gvm-held.jsonl"), "train"):
+        ((prompt, response),) = gvm.render(tokenizer, [answer], 0)
+        ids = torch.tensor([list(prompt) + list(response)])
+        values = model.double()(ids).logits[0, -len(response) :, 0].tolist()
+        errors += [(q - (answer.score - scores.mean()) / scores.std()) ** 2 for q in values]
+    assert json.loads((folder / "summary.json").read_text())["mse"] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+@pytest.mark.parametrize("script", ["ppo", "reinforce", "dvpo"])
+def test_a_look_at_an_untrained_policy_is_at_the_reference(home, tmp_path, script):
+    """Its KL is 0; reward and length are those of the same policy trained at a rate that moves nothing, at every look."""
+    folder = tiny.run(home, script, tmp_path / "o", learning_rate=1e-12, **held(home, script))
+    looks = [row for row in tiny.metrics(folder) if "eval_kl" in row]
+    summary = json.loads((folder / "summary.json").read_text())
+    for look in (*looks, summary):
+        assert look["eval_kl"] == pytest.approx(0, abs=1e-4)
+        assert {k: look[k] for k in KEYS[script]} == pytest.approx({k: summary[k] for k in KEYS[script]}, abs=1e-4)
+    assert 1 <= summary["eval_length"] <= 10 and 0 <= summary["eval_eos_share"] <= 1
+
+
+def test_keep_best_without_looks_is_refused(home, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tiny.run(home, "dvpo", tmp_path / "o", keep_best=True)
+    assert "--keep_best chooses among the looks at held-out data: give --eval_every" in capsys.readouterr().err
