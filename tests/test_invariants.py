@@ -150,7 +150,7 @@ def best_of_each(scores, n, original=ppo.best_of_each):
 def run(home, script, name, **changes) -> Path:
     """One run of a script with few rows and steps; returns its folder."""
     settings = DEFAULTS[script] | {"output_dir": str(home / name)} | changes
-    settings["data"] = str(home / settings["data"])
+    settings |= {key: str(home / settings[key]) for key in ("data", "eval_data") if key in settings}
     frozen = {"gvm": "gvm/final"} if script == "dvpo" else {"reward_model": "rm/final"}
     starts = {"policy": "base"} if script in ROLLOUT + OFFLINE else {"model": "base"}
     for key, default in (starts | (frozen if script in ROLLOUT else {})).items():
@@ -377,24 +377,26 @@ def assert_trained(home, folder):
     assert max(float((end[name] - start[name]).abs().max()) for name in start if name in end) > 1e-3
 
 
+LOOKS = {"eval_data": "graded.jsonl", "eval_split": "train", "eval_every": 2, "keep_best": True}
+LOOKS_RL = LOOKS | {"eval_data": "prompts.jsonl"}
 RANKS = {  # name -> script, settings: what one process and two must do alike
     "sft_0": ("sft", {"micro_tokens": 64}),
     "sft_1": ("sft", {"micro_tokens": 64, "zero_stage": 1}),
-    "rm_2": ("rm", {"micro_tokens": 1, "zero_stage": 2}),
+    "rm_2": ("rm", {"micro_tokens": 1, "zero_stage": 2, **LOOKS}),
     "gvm_0": ("gvm", {"value_norm": "batch", "td_lambda": 0.9}),
-    "gvm_2": ("gvm", {"micro_tokens": 1, "zero_stage": 2, "lora_r": 4, "lora_dropout": 0.0}),
+    "gvm_2": ("gvm", {"micro_tokens": 1, "zero_stage": 2, "lora_r": 4, "lora_dropout": 0.0, **LOOKS}),
     "dvpo_0": ("dvpo", {"micro_tokens": 1, "kl_target": 0.1, "kl_horizon": 50.0}),
     "dvpo_1": ("dvpo", {"micro_tokens": 64, "zero_stage": 1, "lora_r": 4, "share_backbone": True}),
-    "dvpo_3": ("dvpo", {"micro_tokens": 1, "zero_stage": 3, "advantage": "gae", "kl_in": "loss"}),
+    "dvpo_3": ("dvpo", {"micro_tokens": 1, "zero_stage": 3, "advantage": "gae", "kl_in": "loss", **LOOKS_RL}),
     "vcb_0": ("vcb", {"micro_tokens": 1}),
-    "vcb_3": ("vcb", {"micro_tokens": 64, "zero_stage": 3}),
+    "vcb_3": ("vcb", {"micro_tokens": 64, "zero_stage": 3, **LOOKS}),
     "dpo_3": ("dpo", {"micro_tokens": 1, "zero_stage": 3, "loss": "rrhf"}),
     "dpo_1": ("dpo", {"micro_tokens": 64, "zero_stage": 1, "lora_r": 4, "gamma": 0.5}),
     "rest_2": ("rest", {"micro_tokens": 1, "zero_stage": 2}),
-    "reinforce_3": ("reinforce", {"micro_tokens": 1, "zero_stage": 3, "baseline": "remax", "n": 1}),
+    "reinforce_3": ("reinforce", {"micro_tokens": 1, "zero_stage": 3, "baseline": "remax", "n": 1, **LOOKS_RL}),
 }
 STAGES = {f"{script}_stage_{stage}": (script, {"policy": "brief", "micro_tokens": 64, "zero_stage": stage, **settings})
-          for script, settings in (("dvpo", {}), ("ppo", {"best_of": 2})) for stage in range(4)}  # fmt: skip
+          for script, settings in (("dvpo", {}), ("ppo", {"best_of": 2, **LOOKS_RL})) for stage in range(4)}  # fmt: skip
 
 RESUMED_RANKS = ("sft_1", "dvpo_1", "ppo_stage_2", "vcb_3")
 
