@@ -1,4 +1,4 @@
-"""REINFORCE with a baseline made of rewards alone: `--baseline remax | rloo | grpo | reinforce++`. No critic, no values.
+"""REINFORCE with a baseline made of rewards alone: `--baseline remax | rloo | grpo | reinforce++ | astar`. No critic.
 
 Each step: sample responses to a batch of prompts from the policy; score each whole response once with the frozen reward
 model; compare it with other responses; then take clipped policy-gradient steps. In memory: policy, reference, reward
@@ -8,9 +8,12 @@ model. With r(x, y) standardised and kl_t = log pi_old(y_t) - log pi_ref(y_t), t
     rloo         A_t = R_i - mean of the R_j of the other n - 1 responses, R = r(x, y) - beta sum_k kl_k
     grpo         A_t = (r_i - mean of the n) / (std of the n + 1e-4), the KL is not in it
     reinforce++  A_t = normalize(r(x, y) - beta sum_{k>=t} kl_k), over all response tokens of the rollout
+    astar        A = r(x, y) - V*(x), V*(x) = beta_1 log mean_i exp(r(x, y_i) / beta_1) of responses y_i of the reference,
+                 which --data has with their scores (from sample.py): made once, before training      `optimal_value`
     L = -sum_t m_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / sum_t m_t           `dvpo_loss`, by `policy_loss`
     A_t is weighted by min(pi_old / pi_engine, cap) under --tis_cap, as --ratio has it               `truncated_weights`
     L_KL = beta sum_t m_t (e^-d - 1 + d) / sum_t m_t,   d = log pi(y_t) - log pi_ref(y_t),   grpo alone     `k3_loss`
+    L_A* = sum_y (beta log pi(y|x) / pi_ref(y|x) - A)^2 / N in the place of L, astar alone            `regression_loss`
 
 What later papers change in L, a flag each; an optimizer step has N responses y, of D tokens in all:
 
@@ -34,6 +37,9 @@ What later papers change in L, a flag each; an optimizer step has N responses y,
 The last four have no KL: --kl_coef 0 --kl_target 0. DAPO's dynamic sampling and penalty on length are not here. CISPO's
 paper sets no lower bound, which is --clip 1, and tunes the upper one; 5 is that of ScaleRL (Khatri et al. 2025), in TRL
 the bound itself. TRL's bnpo is a mean over one micro-batch's tokens: here no loss depends on how a step is split.
+
+astar is A*-PO (Brantley et al. 2025): one response to a prompt, and the value of the optimal policy, made beforehand, in the
+place of a baseline. Its paper has --value_beta 0.5 --kl_coef 1e-3 --kl_target 0, for rewards that are 0 or 1.
 
 Where the KL goes: into the reward, as a return-to-go (remax, reinforce++) or whole (rloo), or into the loss (grpo; k3).
 What is clipped: each token's ratio, as in PPO, for all four unless --ratio says otherwise. That is the papers' for grpo
@@ -112,7 +118,7 @@ class Args:
     """the frozen reward model, from rm.py; with --data toy also `gold`, the toy world's true reward"""
     reward: tuple[str, ...] = ()
     """instead of a reward model, functions of your own, added: `check.py:correct 0.1*check.py:short`; see docs/data.md"""
-    baseline: Literal["remax", "rloo", "grpo", "reinforce++"] = "rloo"
+    baseline: Literal["remax", "rloo", "grpo", "reinforce++", "astar"] = "rloo"
     """what a response's reward is compared with: the greedy response, the other samples, or all of the rollout"""
     n: int = -1
     """responses per prompt; -1: 4 for rloo and grpo, which compare them, 1 for remax and reinforce++"""
@@ -159,6 +165,8 @@ class Args:
     """grpo divides by the standard deviation of a prompt's rewards; --no_group_std does not (Dr. GRPO)"""
     kl_coef: float = 0.05
     """beta, the strength of the KL, in units of the standardised reward, for grpo of the advantage"""
+    value_beta: float = 0.0
+    """beta_1 of V*, for astar; 0: that of --kl_coef"""
     kl_target: float = 0.0
     """adapt beta towards this KL per sequence, in nats; 0 keeps beta fixed"""
     kl_horizon: float = 10000.0
@@ -252,14 +260,30 @@ def group_normalize(reward, n: int, std: bool = True):
     return (centred / (groups.std(1, keepdim=True) + 1e-4) if std else centred).flatten()
 
 
-def reward_advantages(reward, kl, mask, *, baseline: str, n=1, greedy=None, kl_coef: float = 0.0, group_std=True):
+def optimal_value(scores: list[float], beta: float) -> float:
+    """V*(x) = beta log mean exp(r / beta) of the rewards of responses that the reference drew: the value of the optimal policy
+    under a KL of strength beta, at a prompt (A*-PO, Brantley et al. 2025)."""
+    top = max(scores)
+    return top + beta * math.log(sum(math.exp((r - top) / beta) for r in scores) / len(scores))
+
+
+def regression_loss(logp, ref_logp, advantage, mask, normalizer, beta: float):
+    """A*-PO: sum over responses of (beta log pi(y) / pi_ref(y) - A)^2 / normalizer, responses of the optimizer step; (B, T) each,
+    A the same all along a row. On policy its gradient is 2 beta times that of REINFORCE with A less beta log pi / pi_ref."""
+    total = ((logp - ref_logp) * mask).sum(1)
+    return ((beta * total - advantage[:, 0]).square() * mask.any(1)).sum() / normalizer
+
+
+def reward_advantages(reward, kl, mask, *, baseline: str, n=1, other=None, kl_coef: float = 0.0, group_std=True):
     """Advantages (B, T) of a whole rollout, all ranks; 0 where masked.
 
-    reward (B,), a prompt's n beside each other, kl (B, T) = old_logp - ref_logp, mask (B, T) bool; greedy (B,): the
-    rewards of the greedy responses, for remax; group_std: grpo divides by it."""
+    reward (B,), a prompt's n beside each other, kl (B, T) = old_logp - ref_logp, mask (B, T) bool; other (B,): the rewards of
+    the greedy responses, for remax, or V* of the prompts, for astar; group_std: grpo divides by it."""
     kl_to_go = kl_coef * discounted_sum(kl * mask, 1.0)
     if baseline == "remax":
-        return ((reward - greedy)[:, None] - kl_to_go) * mask
+        return ((reward - other)[:, None] - kl_to_go) * mask
+    if baseline == "astar":
+        return (reward - other)[:, None] * mask
     if baseline == "reinforce++":
         return normalize_values(reward[:, None] - kl_to_go, mask)
     if baseline == "rloo":
@@ -716,10 +740,21 @@ def padded(lists, device, fill: float = 0.0):
     return torch.tensor([[*x, *[fill] * (width - len(x))] for x in lists], device=device)
 
 
+def drawn_scores(row: dict, reward, args) -> list[float]:
+    """The rewards, standardised and less --eos_penalty as in a rollout, of the responses that a row of sample.py has."""
+    found = row.get("responses") or [{}]
+    if any(response.get("score") is None for response in found):
+        raise ValueError(
+            "no field responses with a score each: --baseline astar needs `python sample.py`'s file as --data"
+        )
+    penalty = lambda response: args.eos_penalty * (response.get("complete") is False)
+    return [(response["score"] - reward.mean) / reward.std - penalty(response) for response in found]
+
+
 def updates_once(args) -> bool:
     """One update on what was just drawn, and no KL in the advantage: then the old log-probs are those that the update
     itself computes, and a pass is spared."""
-    return args.baseline == "grpo" and args.ppo_epochs == 1 and args.batch_size == args.rollout_batch_size
+    return args.baseline in ("grpo", "astar") and args.ppo_epochs == 1 and args.batch_size == args.rollout_batch_size
 
 
 # Copied from dvpo.whole_or_parts
@@ -772,6 +807,16 @@ def train(args: Args) -> Path:
     ):
         stop(f"--ratio {args.ratio} makes one term of each response: give --baseline rloo or grpo, --objective ppo and "
              "--loss_mean sequence with it")  # fmt: skip
+    fixed = (args.objective, args.ratio, args.loss_mean, args.tis_cap, args.kl_target) == (
+        "ppo",
+        "token",
+        "token",
+        0,
+        0,
+    )
+    if args.baseline == "astar" and not (fixed and args.kl_coef):
+        stop("--baseline astar is a regression with a fixed beta: --kl_coef above 0 and --kl_target 0; and --objective, --ratio, "
+             "--loss_mean and --tis_cap have no part in it")  # fmt: skip
     if args.baseline != "grpo" and not args.group_std:
         stop(f"--no_group_std is for --baseline grpo: {args.baseline} divides by no standard deviation of a group")
     if n == 1 and args.baseline in ("rloo", "grpo"):
@@ -785,7 +830,13 @@ def train(args: Args) -> Path:
     tokenizer = load_tokenizer(args.policy, args)
     reward = FunctionReward(args.reward) if args.reward else TextReward(args.reward_model, args, device)
     question = lambda row: [(encode(tokenizer, row, None, args)[0], as_messages(row["prompt"]))]
-    questions = load_data(args, "prompts", question)
+    best = {}  # V* of each prompt, for astar
+    if args.baseline == "astar":
+        found = load_data(args, "prompts", lambda row: [(*question(row)[0], drawn_scores(row, reward, args))])
+        questions = [(ids, messages) for ids, messages, _ in found]
+        best = {json.dumps(x): optimal_value(scores, args.value_beta or args.kl_coef) for _, x, scores in found}
+    else:
+        questions = load_data(args, "prompts", question)
     per_rollout = args.rollout_batch_size // n  # prompts
     single = updates_once(args)
     if len(questions) < per_rollout:
@@ -836,7 +887,9 @@ def train(args: Args) -> Path:
         scores = scores[rank * len(drawn) : (rank + 1) * len(drawn)]
         scores = [(x - reward.mean) / reward.std - args.eos_penalty * (not whole) for x, whole in zip(scores, complete)]
         found = list(zip(drawn, sampled, texts, complete, scores, strict=True))
-        greedy = torch.tensor([x for *_, x in gather_lists(found[per_rank:], world)], device=device)
+        other = [x for *_, x in gather_lists(found[per_rank:], world)]
+        other = [best[json.dumps(messages)] for messages in asked] if best else other
+        other = torch.tensor(other, device=device)
         responses, sampled, texts, complete, scores = zip(*gather_lists(found[:per_rank], world), strict=True)
         score, sampled = torch.tensor(scores, device=device), padded(sampled, device)
 
@@ -851,7 +904,7 @@ def train(args: Args) -> Path:
         mask = torch.arange(width, device=device) < lengths[:, None]
         kl = old_logp - ref_logp
         beta = run.state["kl_coef"]
-        advantage = reward_advantages(score, kl, mask, baseline=args.baseline, n=n, greedy=greedy, kl_coef=beta,
+        advantage = reward_advantages(score, kl, mask, baseline=args.baseline, n=n, other=other, kl_coef=beta,
                                       group_std=args.group_std)  # fmt: skip
         weight = mask / lengths[:, None] if args.loss_mean == "sequence" else mask.float()
         clock.append(now(device))
@@ -862,6 +915,7 @@ def train(args: Args) -> Path:
             for first in range(0, len(responses), args.batch_size):
                 batch = [(prompts[i], responses[i], i) for i in shuffle[first : first + args.batch_size]]
                 of = sum(len(r) for _, r, _ in batch) if args.loss_mean == "token" else len(batch)
+                of = len(batch) if args.baseline == "astar" else of
                 of *= args.max_response_tokens if args.loss_mean == "sum" else 1
                 update = ((step * args.ppo_epochs + epoch) * len(responses) + first) // args.batch_size
                 engine.set_rate(args.learning_rate * schedule(update, 1, args.warmup_steps, "constant"))
@@ -876,12 +930,17 @@ def train(args: Args) -> Path:
                     if single:
                         old_logp[:, :cut].index_add_(0, index, logp.detach())
                     old = logp.detach() if single else old_logp[index, :cut]
-                    off = log_ratio(old, drawn_at, inputs.response_mask, args.ratio)  # the engine's, of the same kind
-                    adv = adv * w * truncated_weights(off, 0.0, inputs.response_mask, args.tis_cap)
-                    loss, clipped = policy_loss(
-                        logp, old, adv, inputs.response_mask, of, clip=args.clip, clip_high=args.clip_high,
-                        objective=args.objective, ratio=args.ratio,
-                    )  # fmt: skip
+                    if args.baseline == "astar":
+                        loss, clipped = regression_loss(logp, ref, adv, inputs.response_mask, of, beta), 0
+                    else:
+                        off = log_ratio(
+                            old, drawn_at, inputs.response_mask, args.ratio
+                        )  # the engine's, of the same kind
+                        adv = adv * w * truncated_weights(off, 0.0, inputs.response_mask, args.tis_cap)
+                        loss, clipped = policy_loss(
+                            logp, old, adv, inputs.response_mask, of, clip=args.clip, clip_high=args.clip_high,
+                            objective=args.objective, ratio=args.ratio,
+                        )  # fmt: skip
                     if args.baseline == "grpo":
                         loss = loss + beta * k3_loss(logp, ref, w, of)
                     engine.backward(loss, last=micro is micros[-1])

@@ -9,6 +9,7 @@ import json
 import math
 import random
 import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -71,12 +72,12 @@ def naive(reward, kl, lengths, baseline, n, greedy, beta):
 def test_advantages_equal_a_loop_and_are_0_where_masked(baseline, n, beta):
     lengths, mask, noise = ragged(0)
     reward, greedy, kl = noise(1)[:, 0], noise(1)[:, 0], noise()
-    found = reinforce.reward_advantages(reward, kl, mask, baseline=baseline, n=n, greedy=greedy, kl_coef=beta)
+    found = reinforce.reward_advantages(reward, kl, mask, baseline=baseline, n=n, other=greedy, kl_coef=beta)
     expected = naive(reward.tolist(), kl.tolist(), lengths, baseline, n, greedy.tolist(), beta)
     for row, other, length in zip(found.tolist(), expected, lengths, strict=True):
         assert row[:length] == pytest.approx(other, rel=1e-8, abs=1e-9) and not any(row[length:])
     other_kl = torch.where(mask, kl, 1e6)
-    again = reinforce.reward_advantages(reward, other_kl, mask, baseline=baseline, n=n, greedy=greedy, kl_coef=beta)
+    again = reinforce.reward_advantages(reward, other_kl, mask, baseline=baseline, n=n, other=greedy, kl_coef=beta)
     assert torch.equal(found, again)
 
 
@@ -97,7 +98,7 @@ def test_advantages_by_hand(baseline, expected):
     mask = torch.tensor([[True, True], [True, False]])
     reward, greedy = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])
     kl = torch.tensor([[0.2, 0.4], [-0.6, 55.0]])
-    found = reinforce.reward_advantages(reward, kl, mask, baseline=baseline, n=2, greedy=greedy, kl_coef=0.5)
+    found = reinforce.reward_advantages(reward, kl, mask, baseline=baseline, n=2, other=greedy, kl_coef=0.5)
     assert found[mask].tolist() == pytest.approx(expected, abs=1e-4) and found[1, 1] == 0
 
 
@@ -433,6 +434,9 @@ def test_micro_batches_change_no_run(home, tmp_path, name):
         ("--ratio gspo --loss_mean sequence --baseline reinforce++", "--baseline rloo or grpo"),
         ("--ratio gspo --loss_mean sequence --objective cispo", "--objective ppo"),
         ("--no_group_std", "--no_group_std is for --baseline grpo"),
+        ("--baseline astar", "no field responses with a score each: --baseline astar needs `python sample.py`'s file"),
+        ("--baseline astar --kl_coef 0", "--kl_coef above 0"),
+        ("--baseline astar --loss_mean sequence", "--loss_mean and --tis_cap have no part in it"),
         ("--clip_high -0.1", "--clip_high -0.1: give 0"),
     ],
 )
@@ -442,6 +446,82 @@ def test_flags_that_do_not_go_together_are_one_line(home, tmp_path, flags, told)
         run(home, tmp_path / "out", *flags.split())
     assert ended.value.code == 2 and told in said.getvalue() and said.getvalue().count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_optimal_value_is_a_log_mean_exp_between_mean_and_best():
+    scores = [0.3, -1.2, 2.0, 0.3]
+    naive = 0.7 * math.log(sum(math.exp(r / 0.7) for r in scores) / 4)
+    assert reinforce.optimal_value(scores, 0.7) == pytest.approx(naive, rel=1e-12)
+    assert reinforce.optimal_value(scores, 1e6) == pytest.approx(statistics.mean(scores), abs=1e-5)
+    assert reinforce.optimal_value(scores, 1e-4) == pytest.approx(2.0, abs=1e-3)  # without overflow
+    assert reinforce.optimal_value([1.5], 0.1) == 1.5
+
+
+def test_the_regression_equals_a_loop_and_on_policy_is_reinforce_with_the_optimal_advantage():
+    lengths, mask, noise = ragged(5)
+    logp, ref, gap, beta = noise().requires_grad_(), noise(), noise(1), 0.3
+    mask = mask.clone()
+    mask[3] = False  # a row that only fills up
+    loss = reinforce.regression_loss(logp, ref, gap.expand_as(logp) * mask, mask, 5, beta)
+    (grad,) = torch.autograd.grad(loss, logp)
+    expected, slope = 0.0, torch.zeros_like(logp)
+    for i, T in enumerate(lengths):
+        if i != 3:
+            residual = beta * sum(float(logp[i, t] - ref[i, t]) for t in range(T)) - float(gap[i])
+            expected, slope[i, :T] = expected + residual**2 / 5, 2 * beta * residual / 5
+    assert float(loss) == pytest.approx(expected, rel=1e-12) and torch.allclose(grad, slope, rtol=1e-10)
+    credit = (gap[:, 0] - beta * ((logp - ref) * mask).sum(1)).detach()[:, None] * mask
+    surrogate = reinforce.dvpo_loss(logp, logp.detach(), credit, mask, 5)[0]
+    assert torch.allclose(2 * beta * torch.autograd.grad(surrogate, logp)[0], grad, rtol=1e-10)
+
+
+def scored(home) -> Path:
+    """What sample.py would write: responses of the reference with their scores."""
+    rng = random.Random(3)
+    rows = [
+        {"prompt": p, "responses": [{"text": "x", "score": rng.gauss(0, 1), "complete": k > 0} for k in range(3)]}
+        for p in toy.prompts("rl")[:8]
+    ]
+    (home / "scored.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return home / "scored.jsonl"
+
+
+@pytest.mark.parametrize("batch_size", [4, 8])  # with 8 one update a rollout, whose old log-probs are its own
+def test_astar_regresses_on_the_reward_less_the_value_of_the_datas_responses(home, tmp_path, monkeypatch, batch_size):
+    config = json.loads((home / "rm" / "config.json").read_text()) | {"reward_mean": 0.4, "reward_std": 2.0}
+    mean, std, penalty, beta = 0.4, 2.0, 0.25, 0.5
+    shutil.copytree(home / "rm", tmp_path / "rm")
+    (tmp_path / "rm" / "config.json").write_text(json.dumps(config))
+    taken, order = {}, []
+    own = {part: getattr(reinforce, part) for part in ("reward_advantages", "regression_loss", "collate")}
+
+    def spying(part, *args, **kwargs):
+        if part == "reward_advantages":
+            order[:] = []
+            taken["reward"] = args[0].tolist()
+        elif part == "collate":
+            taken["micro"] = args[0]
+        elif part == "regression_loss":
+            logp, ref = (x.detach().double() for x in args[:2])
+            order.extend((i, float((logp - ref)[k, : len(r)].sum())) for k, (_, r, i) in enumerate(taken["micro"]) if r)
+        return own[part](*args, **kwargs)
+
+    for part in own:
+        monkeypatch.setattr(reinforce, part, functools.partial(spying, part))
+    path = scored(home)
+    flags = ["--baseline", "astar", "--value_beta", "0.7", "--kl_coef", str(beta), "--eos_penalty", str(penalty),
+             "--ppo_epochs", "1", "--batch_size", str(batch_size)]  # fmt: skip
+    flags += ["--data", str(path), "--reward_model", str(tmp_path / "rm")]
+    rows, _ = run(home, tmp_path / "out", *flags)
+    asked = reinforce.shuffled(8, 0, 1)  # the second step has the prompts of a second epoch
+    value = []
+    for line in path.read_text().splitlines():
+        scores = [(r["score"] - mean) / std - penalty * (not r["complete"]) for r in json.loads(line)["responses"]]
+        value.append(0.7 * math.log(sum(math.exp(r / 0.7) for r in scores) / 3))
+    residuals = [beta * total - (taken["reward"][i] - value[asked[i]]) for i, total in order]
+    assert len(residuals) == 8 and rows[-1]["clipped_share"] == 0
+    assert rows[-1]["loss"] == pytest.approx(statistics.mean(r * r for r in residuals), rel=1e-4)
+    assert any(abs(total) > 1e-2 for _, total in order)
 
 
 def test_tis_weighs_a_response_as_its_ratio_is(home, tmp_path, monkeypatch):
