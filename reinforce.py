@@ -834,7 +834,9 @@ def train(args: Args) -> Path:
     if args.baseline == "astar":
         found = load_data(args, "prompts", lambda row: [(*question(row)[0], drawn_scores(row, reward, args))])
         questions = [(ids, messages) for ids, messages, _ in found]
-        best = {json.dumps(x): optimal_value(scores, args.value_beta or args.kl_coef) for _, x, scores in found}
+        for _, messages, scores in found:  # a prompt may have several rows
+            best.setdefault(json.dumps(messages), []).extend(scores)
+        best = {x: optimal_value(scores, args.value_beta or args.kl_coef) for x, scores in best.items()}
     else:
         questions = load_data(args, "prompts", question)
     per_rollout = args.rollout_batch_size // n  # prompts
