@@ -487,6 +487,19 @@ def traced(args, world: int):
     return found
 
 
+def held_out_order(engine, held_out: list, tokenizer, args, rank: int, world: int, device) -> dict:
+    """Share of the pairs of groups that are not learned which the log-ratio puts in the order of their scores."""
+    if not held_out:
+        return {}
+    engine.module.eval()
+    rows = [row for group in held_out for row in group.rows]
+    logps = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args, rank, world, device))
+    engine.module.train()
+    implicit = [[next(logps) - ref for ref in group.ref_logp] for group in held_out]
+    right, pairs = ranked_right(implicit, [group.rewards for group in held_out])
+    return {"eval_accuracy": round(right / pairs, 4), "eval_pairs": pairs}
+
+
 def train(args: Args) -> Path:
     import toy
 
@@ -543,16 +556,7 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
-
-    def evaluated() -> dict:
-        policy.eval()
-        rows = [row for group in held_out for row in group.rows]
-        logps = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args, rank, world, device))
-        policy.train()
-        implicit = [[next(logps) - ref for ref in group.ref_logp] for group in held_out]
-        right, pairs = ranked_right(implicit, [group.rewards for group in held_out])
-        return {"eval_accuracy": round(right / pairs, 4), "eval_pairs": pairs}
-
+    look = lambda: held_out_order(engine, held_out, tokenizer, args, rank, world, device)
     for step in range(run.step, total):
         chosen = step_groups(step)
         batch = [([], [True], q) for q in chosen]
@@ -613,8 +617,7 @@ def train(args: Args) -> Path:
             shutil.rmtree(run.folder)
             return run.folder
         loss, right, delta, drift, responses = all_sum(sums)
-        if held_out and args.eval_every and (step + 1) % args.eval_every == 0:
-            extra |= evaluated()
+        extra |= look() if args.eval_every and (step + 1) % args.eval_every == 0 else {}
         run.log(
             {
                 "loss": loss,
@@ -627,7 +630,7 @@ def train(args: Args) -> Path:
                 **extra,  # kto: z0 in nats, 0 where its estimate was negative
             }
         )
-    found = evaluated() if held_out else {}
+    found = look()
     said = (
         f"; the implicit reward orders {found['eval_accuracy']:.1%} of {found['eval_pairs']} held-out pairs"
         if found

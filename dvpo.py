@@ -736,7 +736,7 @@ def traced(args, world: int):
     return found
 
 
-def look(held_out, rollouts, engine, frozen, tau, tokenizer, args, rank: int, world: int, device) -> dict:
+def held_out_answers(held_out, rollouts, engine, frozen, tau, tokenizer, args, rank: int, world: int, device) -> dict:
     """Means of one response to each held-out (prompt ids, messages), drawn with the same noise at every look: Q_T as in
     training, the log-ratio to the reference in nats, tokens, and the share that ended. tau: (pairs, tokens)."""
     found = []
@@ -817,7 +817,7 @@ def train(args: Args) -> Path:
     rollouts = Rollouts(engine, policy.ends, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    looked = lambda: look(
+    looked = lambda: held_out_answers(
         held_out, rollouts, engine, frozen, (tau_pairs, tau_tokens), tokenizer, args, rank, world, device
     )
     per_epoch = len(questions) // args.rollout_batch_size

@@ -488,7 +488,7 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     value_model.train()
-    look = lambda: evaluate(engine, tokenizer, answers, held_out, mean, std, args, rank, world, device)
+    look = lambda: held_out_values(engine, tokenizer, answers, held_out, mean, std, args, rank, world, device)
     current, order = None, []
     for step in range(run.step, len(plan)):
         epoch, at = plan[step]
@@ -545,7 +545,7 @@ def train(args: Args) -> Path:
     return run.finish(said, **found)
 
 
-def evaluate(
+def held_out_values(
     engine, tokenizer, answers, held_out, mean: float, std: float, args, rank: int, world: int, device
 ) -> dict:
     """Table 4 of the paper on the held-out answers, tau drawn from all answers of the same policy to other prompts; and the mean

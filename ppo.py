@@ -740,7 +740,7 @@ def traced(args, world: int):
     return found
 
 
-def look(held_out, rollouts, reference, reward, tokenizer, args, rank: int, world: int, device) -> dict:
+def held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, rank: int, world: int, device) -> dict:
     """Means of one response to each held-out (prompt ids, messages), drawn with the same noise at every look: the reward as in
     training, the log-ratio to the reference in nats, tokens, and the share that ended."""
     found = []
@@ -824,7 +824,7 @@ def train(args: Args) -> Path:
     rollouts = Rollouts(engine, policy.ends, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
     drawn = slice(rank * per_rank * args.best_of, (rank + 1) * per_rank * args.best_of)  # before the best are kept
-    looked = lambda: look(held_out, rollouts, reference, reward, tokenizer, args, rank, world, device)
+    looked = lambda: held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, rank, world, device)
     per_epoch = len(questions) // args.rollout_batch_size
     for step in range(run.step, args.steps):
         clock = [now(device)]

@@ -772,8 +772,8 @@ def whole_or_parts(module, args):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-# Copied from ppo.look
-def look(held_out, rollouts, reference, reward, tokenizer, args, rank: int, world: int, device) -> dict:
+# Copied from ppo.held_out_rewards
+def held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, rank: int, world: int, device) -> dict:
     """Means of one response to each held-out (prompt ids, messages), drawn with the same noise at every look: the reward as in
     training, the log-ratio to the reference in nats, tokens, and the share that ended."""
     found = []
@@ -869,7 +869,7 @@ def train(args: Args) -> Path:
     rollouts = Rollouts(engine, policy.ends, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    looked = lambda: look(held_out, rollouts, reference, reward, tokenizer, args, rank, world, device)
+    looked = lambda: held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, rank, world, device)
     per_epoch = len(questions) // per_rollout
     for step in range(run.step, args.steps):
         clock = [now(device)]

@@ -268,7 +268,7 @@ def sequences_of(tokenizer, row: dict, decoder: bool, args) -> list:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def evaluate(engine, held_out: list, pad_token_id: int, args, rank: int, world: int, device) -> dict:
+def held_out_pairs(engine, held_out: list, pad_token_id: int, args, rank: int, world: int, device) -> dict:
     """Loss and accuracy on the ordered pairs of questions (key, sequences, scores) that are not learned."""
     if not held_out:
         return {}
@@ -318,7 +318,7 @@ def train(args: Args) -> Path:
 
     def look() -> dict:
         reward_model.eval()
-        found = evaluate(engine, held_out, tokenizer.pad_token_id, args, rank, world, device)
+        found = held_out_pairs(engine, held_out, tokenizer.pad_token_id, args, rank, world, device)
         if args.keep_best or run.step == total:  # what is kept knows its rewards' mean and standard deviation
             sequences = [sequence for i in training[:1000] for sequence in questions[i][1]]
             rewards = torch.tensor(

@@ -351,7 +351,7 @@ def traced(args, world: int):
     return found
 
 
-def evaluate(engine, held_out: list, tokenizer, args, rank: int, world: int, device) -> dict:
+def held_out_gaps(engine, held_out: list, tokenizer, args, rank: int, world: int, device) -> dict:
     """Loss above its floor, mean |s_i - s_j| and share of misaligned pairs of groups that are not learned."""
     if not held_out:
         return {}
@@ -398,7 +398,7 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
-    look = lambda: evaluate(engine, held_out, tokenizer, args, rank, world, device)
+    look = lambda: held_out_gaps(engine, held_out, tokenizer, args, rank, world, device)
     for step in range(run.step, total):
         order = shuffled(len(groups), args.seed, step // per_epoch)
         at = (step % per_epoch) * args.batch_size

@@ -274,7 +274,7 @@ def test_mistakes_in_the_evaluation_are_told_before_training(home, tmp_path, cap
     same = [{"prompt": "is the soup any good ?", "responses": [{"text": t, "score": 1} for t in ("it is .", "no .")]}]
     tied = str(write(tmp_path / "d.jsonl", same))
     for options, message in (
-        ({"eval_data": tied, "eval_split": "train"}, "no pair has an order"),
+        ({"eval_data": tied, "eval_split": "train"}, "has no pair with an order to look at"),
         ({"loss": "ipo", "length_penalty": 0.1}, "--length_penalty belongs"),
     ):
         with pytest.raises(SystemExit):
