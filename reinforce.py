@@ -1,4 +1,4 @@
-"""REINFORCE with a baseline made of rewards alone: `--baseline remax | rloo | grpo | reinforce++ | astar`. No critic.
+"""REINFORCE with a baseline made of rewards alone: `--baseline remax | rloo | grpo | reinforce++ | astar | dpo`. No critic.
 
 Each step: sample responses to a batch of prompts from the policy; score each whole response once with the frozen reward
 model; compare it with other responses; then take clipped policy-gradient steps. In memory: policy, reference, reward
@@ -8,6 +8,8 @@ model. With r(x, y) standardised and kl_t = log pi_old(y_t) - log pi_ref(y_t), t
     rloo         A_t = R_i - mean of the R_j of the other n - 1 responses, R = r(x, y) - beta sum_k kl_k
     grpo         A_t = (r_i - mean of the n) / (std of the n + 1e-4), the KL is not in it
     reinforce++  A_t = normalize(r(x, y) - beta sum_{k>=t} kl_k), over all response tokens of the rollout
+    dpo          A_t = +w, -w for the best and the worst of the n, w = sigmoid(-beta (sum_k kl_k of the best - of the worst)):
+                 the gradient of DPO's loss on pairs that the policy has just drawn, by beta           `pair_advantages`
     astar        A = r(x, y) - V*(x), V*(x) = beta_1 log mean_i exp(r(x, y_i) / beta_1) of responses y_i of the reference,
                  which --data has with their scores (from sample.py): made once, before training      `optimal_value`
     L = -sum_t m_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / sum_t m_t           `dvpo_loss`, by `policy_loss`
@@ -37,6 +39,9 @@ What later papers change in L, a flag each; an optimizer step has N responses y,
 The last four have no KL: --kl_coef 0 --kl_target 0. DAPO's dynamic sampling and penalty on length are not here. CISPO's
 paper sets no lower bound, which is --clip 1, and tunes the upper one; 5 is that of ScaleRL (Khatri et al. 2025), in TRL
 the bound itself. TRL's bnpo is a mean over one micro-batch's tokens: here no loss depends on how a step is split.
+
+dpo is online DPO (Guo et al. 2024), to the letter where a rollout is one update (--ppo_epochs 1, --batch_size equal to
+--rollout_batch_size, --n 2, --kl_target 0); with more of them each token's ratio is clipped, as in PPO.
 
 astar is A*-PO (Brantley et al. 2025): one response to a prompt, and the value of the optimal policy, made beforehand, in the
 place of a baseline. Its paper has --value_beta 0.5 --kl_coef 1e-3 --kl_target 0, for rewards that are 0 or 1.
@@ -118,7 +123,7 @@ class Args:
     """the frozen reward model, from rm.py; with --data toy also `gold`, the toy world's true reward"""
     reward: tuple[str, ...] = ()
     """instead of a reward model, functions of your own, added: `check.py:correct 0.1*check.py:short`; see docs/data.md"""
-    baseline: Literal["remax", "rloo", "grpo", "reinforce++", "astar"] = "rloo"
+    baseline: Literal["remax", "rloo", "grpo", "reinforce++", "astar", "dpo"] = "rloo"
     """what a response's reward is compared with: the greedy response, the other samples, or all of the rollout"""
     n: int = -1
     """responses per prompt; -1: 4 for rloo and grpo, which compare them, 1 for remax and reinforce++"""
@@ -274,6 +279,17 @@ def regression_loss(logp, ref_logp, advantage, mask, normalizer, beta: float):
     return ((beta * total - advantage[:, 0]).square() * mask.any(1)).sum() / normalizer
 
 
+def pair_advantages(reward, log_ratio, n: int, beta: float):
+    """w for the best response to each prompt, -w for the worst, 0 for others: what DPO's loss on that pair multiplies the
+    gradient of log pi(y) by, negated and divided by beta. reward (B,), a prompt's n beside each other; log_ratio (B,), log pi(y)
+    / pi_ref(y). Of equal rewards none is better: 0."""
+    groups, ratios = reward.view(-1, n), log_ratio.view(-1, n)
+    ends = torch.stack([groups.argmax(1), groups.argmin(1)], 1)
+    best, worst = ratios.gather(1, ends).unbind(1)
+    weight = torch.sigmoid(-beta * (best - worst)) * (groups.amax(1) > groups.amin(1))
+    return torch.zeros_like(groups).scatter(1, ends, torch.stack([weight, -weight], 1)).flatten()
+
+
 def reward_advantages(reward, kl, mask, *, baseline: str, n=1, other=None, kl_coef: float = 0.0, group_std=True):
     """Advantages (B, T) of a whole rollout, all ranks; 0 where masked.
 
@@ -282,6 +298,8 @@ def reward_advantages(reward, kl, mask, *, baseline: str, n=1, other=None, kl_co
     kl_to_go = kl_coef * discounted_sum(kl * mask, 1.0)
     if baseline == "remax":
         return ((reward - other)[:, None] - kl_to_go) * mask
+    if baseline == "dpo":
+        return pair_advantages(reward, (kl * mask).sum(1), n, kl_coef)[:, None] * mask
     if baseline == "astar":
         return (reward - other)[:, None] * mask
     if baseline == "reinforce++":
@@ -801,7 +819,7 @@ def held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, ran
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
-    n = args.n if args.n > 0 else {"rloo": 4, "grpo": 4}.get(args.baseline, 1)
+    n = args.n if args.n > 0 else {"rloo": 4, "grpo": 4, "dpo": 2}.get(args.baseline, 1)
     if args.ratio != "token" and not (
         args.baseline in ("rloo", "grpo") and (args.objective, args.loss_mean) == ("ppo", "sequence")
     ):
@@ -819,7 +837,7 @@ def train(args: Args) -> Path:
              "--loss_mean and --tis_cap have no part in it")  # fmt: skip
     if args.baseline != "grpo" and not args.group_std:
         stop(f"--no_group_std is for --baseline grpo: {args.baseline} divides by no standard deviation of a group")
-    if n == 1 and args.baseline in ("rloo", "grpo"):
+    if n == 1 and args.baseline in ("rloo", "grpo", "dpo"):
         stop(f"--baseline {args.baseline} compares the responses to a prompt: --n must be 2 or more")
     if args.rollout_batch_size % n:
         stop(f"--rollout_batch_size {args.rollout_batch_size} must be a multiple of --n {n}, the responses per prompt")

@@ -448,6 +448,26 @@ def test_flags_that_do_not_go_together_are_one_line(home, tmp_path, flags, told)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_online_dpos_advantages_are_its_gradient_on_best_and_worst(n):
+    _, mask, noise = ragged(11, rows=6 * n)
+    logp, ref, reward, beta = noise().requires_grad_(), noise(), noise(1)[:, 0], 0.4
+    reward[:n] = 0.7  # a prompt whose responses are all alike
+    total = ((logp - ref) * mask).sum(1)
+    loss = 0.0
+    for at in range(n, 6 * n, n):
+        some = reward[at : at + n].tolist()
+        best, worst = at + some.index(max(some)), at + some.index(min(some))
+        loss = loss - torch.log(torch.sigmoid(beta * (total[best] - total[worst])))
+    (expected,) = torch.autograd.grad(loss, logp)
+    kl = (logp - ref).detach()
+    credit = reinforce.reward_advantages(reward, kl, mask, baseline="dpo", n=n, kl_coef=beta)
+    surrogate = reinforce.dvpo_loss(logp, logp.detach(), credit, mask, 1)[0]
+    (grad,) = torch.autograd.grad(surrogate, logp)
+    assert torch.allclose(beta * grad, expected, rtol=1e-10, atol=1e-14) and expected.abs().max() > 0.01
+    assert not credit[:n].any()
+
+
 def test_the_optimal_value_is_a_log_mean_exp_between_mean_and_best():
     scores = [0.3, -1.2, 2.0, 0.3]
     naive = 0.7 * math.log(sum(math.exp(r / 0.7) for r in scores) / 4)
@@ -467,7 +487,7 @@ def test_the_regression_equals_a_loop_and_on_policy_is_reinforce_with_the_optima
     expected, slope = 0.0, torch.zeros_like(logp)
     for i, T in enumerate(lengths):
         if i != 3:
-            residual = beta * sum(float(logp[i, t] - ref[i, t]) for t in range(T)) - float(gap[i])
+            residual = beta * sum((logp - ref)[i, :T].tolist()) - float(gap[i])
             expected, slope[i, :T] = expected + residual**2 / 5, 2 * beta * residual / 5
     assert float(loss) == pytest.approx(expected, rel=1e-12) and torch.allclose(grad, slope, rtol=1e-10)
     credit = (gap[:, 0] - beta * ((logp - ref) * mask).sum(1)).detach()[:, None] * mask
