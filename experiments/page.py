@@ -31,7 +31,7 @@ NAMES = {
     "dvpo_td_95": "TD(0.95)", "dvpo_td_0": "TD(0), eq. 1", "dvpo_eq_2": "eq. 2 in the loss", "vcb_full": "VCB, all i ≠ j",
     "vcb_mean": "VCB, mean of pairs", "dpo_length_penalty": "DPO, length penalty 0.1", "vcb_n_2": "VCB, n = 2", "vcb_n_4": "VCB, n = 4",
     "vcb_n_8": "VCB, n = 8", "vcb_noise_1": "VCB, noisy scores", "dpo_noise_1": "DPO, noisy scores", "rest_noise_1": "ReST, noisy scores",
-    "rm": "reward model",
+    "rm": "reward model", "astar": "A*-PO", "online_dpo": "online DPO",
 }  # fmt: skip
 FORMS = {  # experiments/probes.py: values, and the advantage made of them
     f"{values}_{form}": f"{said}: {text}"
@@ -285,6 +285,19 @@ def sentiment(report: dict) -> str:
                     shown(mean("tone"), bounds=False), shown(mean("fluent"), 0, True, False), shown(mean("kl"), 1, bounds=False),
                     shown(mean("base_perplexity"), 0, bounds=False), shown(mean("length"), 1, bounds=False)])  # fmt: skip
     return table(["", "gold reward", "VADER", "fluent", "KL to SFT", "perplexity (base model)", "tokens"], out)
+
+
+def sentiment_samples(report: dict, prompts: int = 3) -> str:
+    """The first answer of each method (of RL the first seed) to the first held-out prompts."""
+    first = {}
+    for name, row in report["policies"].items():
+        first.setdefault(name.split("-")[0], row["samples"])
+    asked = [one["prompt"] for one in first["sft"][:prompts]]
+    rows = [
+        [NAMES[name], *(one["text"].replace("\n", " ").replace("|", "\\|") for one in some[:prompts])]
+        for name, some in first.items()
+    ]
+    return table(["", *asked], rows)
 
 
 SCORERS = {"whole_length": "length of the whole text", "rm": "reward model", "gvm": "GVM, τ of the writer", "gvm_no_tau_shown": "the same GVM, no τ shown",
@@ -665,6 +678,7 @@ def tables() -> dict[str, callable]:
         made["chaos"] = lambda: f"```text\n{chaos.read_text().strip()}\n```"
     if "sentiment" in there:
         made["sentiment"] = lambda: sentiment(load("sentiment"))
+        made["sentiment_samples"] = lambda: sentiment_samples(load("sentiment"))
         made["answer_sentiment"] = lambda: answer_sentiment(load("sentiment"))
     if "policies" in there:
         made["real_policies"] = lambda: real_policies(load("policies"))
@@ -691,6 +705,7 @@ def tables() -> dict[str, callable]:
             "off_policy": lambda: policies(toy, (*OFF, *gammas(toy)), FULL),
             "off_equal_kl": lambda: equal_kl(toy, OFF, (0.5, 1.0, 1.5, 2.0)),
             "vcb": lambda: policies(toy, ("vcb", "vcb_n_2", "vcb_n_4", "vcb_n_8", "vcb_full", "vcb_mean"), FULL, against="vcb"),
+            "later": lambda: policies(Found(load("later")) if "astar" not in toy.runs and "later" in there else toy, ("astar", "online_dpo"), FULL),
             "betas": lambda: policies(toy, sorted(n for n in toy.runs if "_beta_" in n), ("gold reward", "proxy (RM)", "KL to SFT", "malformed")),
             "noise": lambda: policies(toy, ("vcb", "vcb_noise_1", "dpo", "dpo_noise_1", "rest", "rest_noise_1"), FULL),
             "length": lambda: policies(toy, ("sft", "dpo", "dpo_length_penalty"), ("gold reward", "tokens", "KL to SFT"), against="dpo"),

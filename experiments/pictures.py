@@ -231,6 +231,26 @@ def draw_gradient(found: Found, ink: str) -> Figure:
     return figure
 
 
+def draw_sentiment(told: dict, ink: str) -> Figure:
+    """Gold reward, and the perplexity of the texts to a model that no run has touched, against KL: a dot a run."""
+    figure = Figure((10, 4.2), layout="constrained")
+    axes, names = figure.subplots(1, 2), dict.fromkeys(name.split("-")[0] for name in told["policies"])
+    looks = report.looks([name for name in names if name != "sft"])
+    for axis, key in zip(axes, ("gold", "base_perplexity"), strict=True):
+        for name in names:
+            rows = [row for run, row in told["policies"].items() if run.split("-")[0] == name]
+            y = [row["gold"]["mean"] if key == "gold" else row[key] for row in rows]
+            colour, marker, _ = looks.get(name, (ink, "s", ""))
+            axis.scatter([row["kl"] for row in rows], y, color=colour, marker=marker, s=46, label=plain(name))
+        axis.margins(0.12)
+    axes[0].set_ylabel("gold reward, held-out prompts"), axes[1].set_ylabel("perplexity by the base model")
+    below = "KL to the SFT policy, nats a response"
+    note = f"{told['model']}, a dot a run: RL on seeds 0 to {max(int(n.split('-')[1]) for n in told['policies'] if '-' in n)}"
+    return finish(
+        figure, axes, [("Controlled sentiment", below), ("What it does to the language", below)], ink, note, 6
+    )
+
+
 def pictures(found: Found) -> dict:
     """File name -> how it is drawn, for what the results hold."""
     there = lambda names: [name for name in names if name in found.runs]
@@ -253,7 +273,11 @@ def pictures(found: Found) -> dict:
 
 def main():
     found = Found(json.loads((page.ROOT / "experiments" / "toy.json").read_text()))
-    for name, (draw, *inputs) in pictures(found).items():
+    made = pictures(found)
+    real = page.ROOT / "experiments" / "sentiment.json"
+    if real.is_file():
+        made["sentiment"] = (draw_sentiment, json.loads(real.read_text()))
+    for name, (draw, *inputs) in made.items():
         report.png(draw, *inputs, path=DOCS / f"{name}.png")
         print(f"docs/{name}.png written")
 

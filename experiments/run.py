@@ -227,6 +227,12 @@ def runs() -> dict[str, Run]:
         "dvpo_td_0": dvpo("--gvm {gvm_td_0}"),
         "dvpo_eq_2": dvpo("--gvm {gvm_eq_2}"),
     }
+    # question 9: two more, at the settings of RLOO and of its paper
+    drawn = "--policy {sft} --reward_model {rm} --learning_rate 4e-4 --snapshot_every 20"
+    found |= {
+        "astar": Run("reinforce", f"{drawn} --data {{sample}} --baseline astar --kl_coef 0.05", 130),
+        "online_dpo": Run("reinforce", f"{drawn} --baseline dpo --kl_coef 0.1", 130),
+    }
     # question 6: reward against KL
     for name in ("dvpo", "ppo"):
         for beta in ("0.02", "0.05", "0.1", "0.2"):
