@@ -885,7 +885,10 @@ def train(args: Args) -> Path:
                 increments(values, mask, discount=args.discount),
             )
             mean, std = raw[mask].mean(), raw[mask].std(correction=0)
-            print(f"\nA_t = (raw_t - {mean:.4f}) / {std:.4f}, over the rollout. Ratio and loss: after the step")
+            print(
+                f"\nA_t = (raw_t - {mean:.4f}) / {std:.4f}, over the rollout. Ratio and loss: after its {update + 1} updates; "
+                "before the first one the ratio is 1 and the loss -A_t"
+            )
             for i, (answer, new) in enumerate(zip(answers[:2], logp, strict=True)):
                 adv, ratio = advantage[i, : len(new)], (new - old_logp[i, : len(new)]).exp()
                 pushed = torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv)
@@ -1229,6 +1232,8 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
                     found += [(json.dumps(example), "") for example in encode_row(row)]
                 except Exception as error:  # of a stranger's row anything may be wrong
                     why = error if isinstance(error, ValueError) else f"it cannot be read ({type(error).__name__})"
+                    there = ", ".join(key for key, value in zip(columns, values, strict=True) if value is not None)
+                    why = f"{why}; it has {there or 'no field'}" if "missing" in str(why) else why
                     found.append(("", f"{source} row {numbers[i] + 1}: {why}"[:1000]))
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
@@ -1266,7 +1271,7 @@ def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
     known = set(map(repr, learned))
     twice = sum(repr(x) in known for x in held_out)
     if twice and rank == 0:
-        print(f"--eval_data: {twice} of {len(held_out)} rows are learned as well: what they tell is not held out")
+        print(f"--eval_data: {twice} of {len(held_out)} examples are learned as well: what they tell is not held out")
 
 
 # Copied from sft.canonical
@@ -1965,8 +1970,11 @@ class Run:
     ):
         self.args, self.engine, self.model, self.tokenizer, self.rank = args, engine, model, tokenizer, rank
         self.best = best if getattr(args, "keep_best", False) else ""
-        if self.best and not args.eval_every:
-            stop("--keep_best chooses among the looks at held-out data: give --eval_every, the steps between them")
+        held = getattr(args, "eval_data", "") or getattr(args, "eval_share", 0)
+        if self.best and not (held and 0 < args.eval_every <= total):
+            stop(
+                f"--keep_best chooses among looks at held-out rows: give --eval_data, and --eval_every of at most {total} steps"
+            )
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
         self.trackers = []
@@ -2048,9 +2056,10 @@ class Run:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
                 self.write(self.folder / "snapshots" / f"step_{self.step:07d}")
         if self.best in metrics:
-            found = float(metrics[self.best]) * (-1 if self.best.endswith("loss") else 1)
-            if found > self.state.get("best", -math.inf):
-                self.state["best"] = found
+            found = float(metrics[self.best])
+            sign = -1 if self.best.endswith("loss") else 1
+            if sign * found > sign * self.state.get("best", -sign * math.inf):
+                self.state |= {"best": found, "best_step": self.step}
                 with writing(self.folder / "best"):
                     self.write(self.folder / "best")
         signals = _signals
@@ -2121,7 +2130,7 @@ class Run:
                     model = model.merge_and_unload()
                 model.save_pretrained(part)
                 self.tokenizer.save_pretrained(part)
-                if merge:
+                if folder.parent == self.folder:  # final/, best/
                     (part / "README.md").write_text(model_card(self.args, self.name), encoding="utf-8")
                 for path in part.rglob("adapter_config.json"):  # peft keeps a set, whose order differs from run to run
                     config = json.loads(path.read_text())
@@ -2138,6 +2147,9 @@ class Run:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory
         spent = {"seconds": round(time.time() - self.started, 1), "peak_memory_mb": round(memory / 2**20)}
+        if "best_step" in self.state:
+            found += f"; best/ is of step {self.state['best_step']}, {self.best} {self.state['best']:.4g}"
+            summary |= {"best_step": self.state["best_step"], f"best_{self.best}": self.state["best"]}
         summary = {"steps": self.step, **spent, **summary, "settings": self.settings}
         self.bar.close()
         if self.rank == 0:

@@ -918,6 +918,8 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
                     found += [(json.dumps(example), "") for example in encode_row(row)]
                 except Exception as error:  # of a stranger's row anything may be wrong
                     why = error if isinstance(error, ValueError) else f"it cannot be read ({type(error).__name__})"
+                    there = ", ".join(key for key, value in zip(columns, values, strict=True) if value is not None)
+                    why = f"{why}; it has {there or 'no field'}" if "missing" in str(why) else why
                     found.append(("", f"{source} row {numbers[i] + 1}: {why}"[:1000]))
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 

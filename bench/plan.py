@@ -337,8 +337,8 @@ def changes(limit: float, script, args, config, gpus: int, *hardware) -> list[tu
 def table(limit: float = 80e9) -> str:
     """docs/plan.md: every preset of every script on 8 GPUs, and the commands for one GPU in the scripts' first lines."""
     lines = ["# What the presets need", "", "Written by `python bench/plan.py --table`. Computed, not measured (`python bench/plan.py "
-             "--help` says how): GB of each A100 of 80 GB, seconds of a step, all sequences as long as the preset allows. vcb.py and "
-             "dpo.py score once, before the first step.", ""]  # fmt: skip
+             "--help` says how): GB of each A100 of 80 GB, seconds of a step, all sequences as long as the preset allows. A GPU needs the largest "
+             "of its phases. vcb.py and dpo.py score once, before the first step.", ""]  # fmt: skip
     for gpus in (8, 1):
         lines += [f"| {gpus} GPU{'s' * (gpus > 1)} | loading | rollout | scoring | update | optimizer step | host GB | disk GB "
                   "| s a step | fits |", "| --- |" + " ---: |" * 8 + " --- |"]  # fmt: skip

@@ -55,6 +55,11 @@ def test_looks_change_no_step_and_the_last_is_in_the_summary(home, tmp_path, scr
         last = summary.get(key, summary.get(key.removeprefix("eval_")))
         assert last == pytest.approx(rows[-1][key], abs=1e-4), key
     assert (looked / "best" / "config.json").is_file() and not (plain / "best").exists()
+    best = {key.removeprefix("best_"): value for key, value in summary.items() if key.startswith("best_eval")}
+    (key,) = best
+    worst_first = sorted(row[key] for row in rows if key in row)
+    assert best[key] == worst_first[0 if key.endswith("loss") else -1]
+    assert rows[summary["best_step"] - 1][key] == best[key]
 
 
 def test_a_reward_models_look_equals_its_pairs_in_float64(home, tmp_path):
@@ -109,7 +114,14 @@ def test_a_look_at_an_untrained_policy_is_at_the_reference(home, tmp_path, scrip
     assert 1 <= summary["eval_length"] <= 10 and 0 <= summary["eval_eos_share"] <= 1
 
 
-def test_keep_best_without_looks_is_refused(home, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("script", "how"),
+    [("dvpo", {}), ("rm", {"eval_every": 1, "eval_share": 0.0}), ("sft", {"eval_every": 2}), ("rm", {"eval_every": 9})],
+)
+def test_keep_best_without_looks_is_refused(home, tmp_path, capsys, script, how):
     with pytest.raises(SystemExit):
-        tiny.run(home, "dvpo", tmp_path / "o", keep_best=True)
-    assert "--keep_best chooses among the looks at held-out data: give --eval_every" in capsys.readouterr().err
+        tiny.run(home, script, tmp_path / "o", keep_best=True, **how)
+    assert (
+        "--keep_best chooses among looks at held-out rows: give --eval_data, and --eval_every"
+        in capsys.readouterr().err
+    )

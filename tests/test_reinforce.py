@@ -544,6 +544,30 @@ def test_astar_regresses_on_the_reward_less_the_value_of_the_datas_responses(hom
     assert any(abs(total) > 1e-2 for _, total in order)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"policy": "another"}, {"reward_model": "gold"}, {"temperature": 0.7}, {"best_of": 4}, {"reward": ["a.py:f"]}],
+)
+def test_astar_refuses_responses_that_were_drawn_or_scored_otherwise(home, tmp_path, changed):
+    path = tmp_path / "graded.jsonl"
+    shutil.copy(scored(home), path)
+    own = {
+        "policy": str(home / "policy"),
+        "reward_model": str(home / "rm"),
+        "reward": [],
+        "temperature": 1.0,
+        "best_of": 1,
+    }
+    (tmp_path / "args.json").write_text(json.dumps(own | {"top_p": 1.0, "greedy": False} | changed))
+    flags, said = ["--baseline", "astar", "--data", str(path), "--steps", "1"], io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit):
+        run(home, tmp_path / "no", *flags)
+    (name,) = changed
+    assert f"was drawn with --{name}" in said.getvalue() and said.getvalue().count("\n") == 1
+    (tmp_path / "args.json").write_text(json.dumps(own))
+    run(home, tmp_path / "out", *flags)
+
+
 def test_tis_weighs_a_response_as_its_ratio_is(home, tmp_path, monkeypatch):
     """An engine that says that it drew each token at e^0.01 times its probability: the loss is weighed by e^-0.01 to the
     power 1 (gspo, the mean), or the length (sequence)."""

@@ -388,7 +388,7 @@ def test_rows_that_are_learned_are_not_called_held_out(tmp_path, capsys):
     sft.train(
         sft.Args(output_dir=str(tmp_path / "o"), steps=1, split="train[:40]", eval_data="toy", eval_split="train[:30]")
     )
-    assert "--eval_data: 30 of 30 rows are learned as well" in capsys.readouterr().out
+    assert "--eval_data: 30 of 30 examples are learned as well" in capsys.readouterr().out
 
 
 def test_held_out_loss_is_the_stock_one_and_changes_no_step(tmp_path):
