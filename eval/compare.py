@@ -194,7 +194,7 @@ class Row:
         mean, low, high = self.gap
         if abs(mean) < 1e-9 * abs(self.a[0]):  # means of equal numbers, but of other counts
             self.gap = mean, low, high = 0.0, min(low, 0.0), max(high, 0.0)
-        self.word = "–" if math.isnan(low) else "level" if low <= 0 <= high else "above" if low > 0 else "below"
+        self.word = "–" if math.isnan(low) else "undecided" if low <= 0 <= high else "above" if low > 0 else "below"
         half, coarse = (high - low) / 2, report.digits_of(self.a[0], self.b[0])
         finest = report.digits_of(half if half > 0 else mean, significant=2) if half > 0 or mean else 0
         self.digits = min(max(finest, coarse - (half > 0)), coarse + 3)  # two digits of the uncertainty
@@ -208,7 +208,7 @@ class Row:
 
     def verdict(self) -> str:
         mean, low, high = self.gap
-        if self.word == "level":
+        if self.word == "undecided":
             return f"b's {self.name} cannot be told from a's: {self.shown(self.gap, True)}, {self.how}."
         size = (abs(mean), *sorted((abs(low), abs(high))))
         side = "above" if mean > 0 else "below"
@@ -318,7 +318,7 @@ def page(sides: list[list[Run]], rows: list[Row], summary: list[Row], flags: lis
         "numbers", "Final metrics",
         report.table(("", "b is", "b − a", "a", "b"), lines, "numbers sides"),
         report.p(f"Mean of the last tenth of steps of each run, mean over runs, in brackets its 95 % interval (Student's t): "
-                 f"{'; '.join([hows.most_common(1)[0][0], *odd])}. Level: the interval of b − a holds 0, which does not "
+                 f"{'; '.join([hows.most_common(1)[0][0], *odd])}. Undecided: the interval of b − a holds 0, which does not "
                  "mean that there is no difference. Of twenty metrics that do not differ, one is above or below by chance.", "note"),
     ))  # fmt: skip
     single = any(len(runs) == 1 for runs in sides)
@@ -368,7 +368,10 @@ def run(args: Args) -> list[Row]:
     short = lambda x: x if len(x) < 60 else f"{x[:28]} … {x[-28:]}"
     changed = [(flag, *map(short, found)) for flag, *found in flags]
     print(
-        eval_samples.table(("flags that differ", "a", "b"), changed) if flags else "the flags are the same", end="\n\n"
+        eval_samples.table(("flags that differ", "a", "b"), changed)
+        if flags
+        else "the flags are the same; what differs is in the code",
+        end="\n\n",
     )
     head = ("mean of the last tenth of steps", "b is", "b − a", "a", "b")
     cells = [row.cells() for row in rows] + [(f"summary: {x[0]}", *x[1:]) for x in (row.cells() for row in summary)]

@@ -132,9 +132,9 @@ def test_verdicts():
         "below a's by 0.120 [0.095, 0.145]"
         in row({k: -x for k, x in a.items()}, {1: -0.21, 2: -0.63, 3: -1.02}).verdict()
     )
-    # other seeds: not paired, and level
+    # other seeds: not paired, and undecided
     found = row(a, {4: 0.22, 5: 0.63, 6: 1.02})
-    assert found.word == "level" and "cannot be told from a's: +0.12 [" in found.verdict()
+    assert found.word == "undecided" and "cannot be told from a's: +0.12 [" in found.verdict()
     assert found.how == "3 and 3 runs, not paired" and found.gap[0] == pytest.approx(0.37 / 3)
     assert row(a, {1: 0.2, 2: 0.6}).how == "3 and 2 runs, not paired"
     # a seed twice, or none known: nothing to pair by
@@ -149,7 +149,9 @@ def test_verdicts():
     )
     assert row({1: 0.5}, a).how == "one run in a: no interval can be given"
     # settings: equal but for rounding, or different without any spread
-    assert compare.row_of("x", [[(1, 0.1), (2, 0.1)], [(1, 0.1 + 1e-17), (2, math.nextafter(0.1, 1))]]).word == "level"
+    assert (
+        compare.row_of("x", [[(1, 0.1), (2, 0.1)], [(1, 0.1 + 1e-17), (2, math.nextafter(0.1, 1))]]).word == "undecided"
+    )
     found = compare.row_of("x", [[(1, 0.1), (2, 0.1)], [(1, 0.2), (2, 0.2)]])
     assert found.word == "above" and found.cells()[2:] == ("+0.100", "0.100", "0.200")
     assert row({1: math.nan}, a) is None and compare.row_of("x", [[(1, math.nan), (2, 1.0)], [(2, 3.0)]]).gap[0] == 2
