@@ -18,6 +18,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sft
-from eval import calibration, samples
+from eval import calibration, samples, token_values
 from experiments import run as runner
 
 ROOT = runner.ROOT
@@ -50,6 +51,7 @@ WRITERS = {  # the system message, which the data does not show
 GRADE_NOISE = 0.2
 TEMPERATURE = 0.7  # of the writers: at 1 so small a model seldom says what it means
 TOKENS = 32
+HELD_OUT = 0.1  # of the graded prompts: for the accuracies of GVM and reward model, and the picture of values
 SIZES = {  # prompts of the writers and how often each answers, RL steps, rollout, prompts scored for VCB and DPO, held out
     "full": {
         "prompts": 200,
@@ -166,8 +168,8 @@ def jobs(model: str, folder: Path, size: dict) -> dict[str, runner.Job]:
         f"--model {model} --data {folder}/sft.jsonl {LORA} --epochs 2 --batch_size 16 --learning_rate 5e-4",
     )
     value = f"--model {done('sft')} --data {folder}/graded.jsonl --learning_rate 5e-4 {LORA} --epochs 3"
-    add("gvm", "gvm", f"{value} --batch_size 8 --tau_pairs 1 --tau_tokens 64 --eval_share 0.1", ["sft"], 1500)
-    add("rm", "rm", f"{value} --batch_size 8 --eval_share 0.1", ["sft"], 1500)
+    add("gvm", "gvm", f"{value} --batch_size 8 --tau_pairs 1 --tau_tokens 64 --eval_share {HELD_OUT}", ["sft"], 1500)
+    add("rm", "rm", f"{value} --batch_size 8 --eval_share {HELD_OUT}", ["sft"], 1500)
     start = f"--policy {done('sft')} {LORA} --learning_rate 3e-4"
     add("sample", "sample", f"--policy {done('sft')} --reward_model {done('rm')} --data {folder}/sampled.jsonl --n 8 --bf16",
         ["rm"], 600, makes="graded.jsonl")  # fmt: skip
@@ -204,6 +206,19 @@ def measure(name: str, folder: Path, base, reference, asked, ids, rewards, n: in
     return json.loads(kept.read_text())
 
 
+def draw_values(folder: Path, prompts: int = 3):
+    """docs/sentiment_values.png: the GVM's token values of the best and the worst answer to the first prompts that it held out;
+    tau of the same writer's other answers."""
+    rows = [json.loads(line) for line in (folder / "graded.jsonl").read_text().splitlines()]
+    key = lambda row: json.dumps(sft.as_messages(row["prompt"]))
+    keys = sorted(map(key, rows))
+    held_out = {keys[i] for i in sft.shuffled(len(keys), 0, -1)[: int(HELD_OUT * len(keys))]}  # as gvm.py chooses
+    write_jsonl(folder / "shown.jsonl", sorted(rows, key=lambda row: key(row) not in held_out))
+    words = f"--gvm {folder}/gvm/final --data {folder}/shown.jsonl --prompts {prompts} --max_response_tokens {TOKENS}"
+    token_values.main([*words.split(), "--output_dir", str(folder / "values")])
+    shutil.copy(folder / "values" / "token_values.png", ROOT / "docs" / "sentiment_values.png")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct: a folder or a hub name")
@@ -238,6 +253,8 @@ def main():
               f"perplexity {row['base_perplexity']:.1f}")  # fmt: skip
     summaries = {name: json.loads((folder / name / "summary.json").read_text()) for name in todo if name != "sample"}
     report = {"model": Path(args.model).name, "code": runner.same_code(), "policies": rows, "runs": summaries}
+    if args.size != "tiny":
+        draw_values(folder)
     target = folder / "sentiment.json" if args.size == "tiny" else ROOT / "experiments" / "sentiment.json"
     target.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{target} written")
