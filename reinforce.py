@@ -846,14 +846,10 @@ def train(args: Args) -> Path:
     ):
         stop(f"--ratio {args.ratio} makes one term of each response: give --baseline rloo or grpo, --objective ppo and "
              "--loss_mean sequence with it")  # fmt: skip
-    fixed = (args.objective, args.ratio, args.loss_mean, args.tis_cap, args.kl_target) == (
-        "ppo",
-        "token",
-        "token",
-        0,
-        0,
-    )
-    if args.baseline == "astar" and not (fixed and args.kl_coef):
+    given = [
+        name for name in ("objective", "ratio", "loss_mean", "tis_cap") if getattr(args, name) != getattr(Args, name)
+    ]
+    if args.baseline == "astar" and (given or args.kl_target or not args.kl_coef):
         stop("--baseline astar is a regression with a fixed beta: --kl_coef above 0 and --kl_target 0; and --objective, --ratio, "
              "--loss_mean and --tis_cap have no part in it")  # fmt: skip
     if args.baseline != "grpo" and not args.group_std:
