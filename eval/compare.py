@@ -253,7 +253,10 @@ def measured(sides: list[list[Run]], notes: list[str]) -> tuple[list[Row], list[
                 "without a number in the last tenth of steps" if all(has) else f"only in {'ab'[has[1]]}", []
             ).append(name)
     notes += [f"{why}: {', '.join(names)}: left out" for why, names in missing.items()]
-    order = lambda row: report.FIRST.index(row.name) if row.name in report.FIRST else 9
+    works = lambda name: (
+        name.endswith("_seconds") or name in ("logp_gap_mean", "logp_gap_max", "useful_tokens", "kl_coef")
+    )
+    order = lambda row: report.FIRST.index(row.name) if row.name in report.FIRST else 9 + works(row.name)
     if not rows:
         sft.stop(f"the sides have no metric in common ({'; '.join(notes)})"[:1000])
     keys = {key: None for runs in sides for run in runs for key in run.summary if key != "steps"}
@@ -310,7 +313,8 @@ def page(sides: list[list[Run]], rows: list[Row], summary: list[Row], flags: lis
     breaks = lambda cell: Raw(
         re.sub(r"(\[.*\])", r'<span class="interval">\1</span>', esc(cell))
     )  # before it, if need be
-    cells = lambda row: (row.name, row.word, *map(breaks, row.cells()[2:]))
+    name = lambda row: Raw(esc(row.name).replace("_", "_<wbr>"))
+    cells = lambda row: (name(row), row.word, *map(breaks, row.cells()[2:]))
     lines = [*map(cells, rows), *([["Of the whole run"]] if summary else []), *map(cells, summary)]
     hows = Counter(row.how for row in rows)
     odd = [f"{row.name}: {row.how}" for row in rows if row.how != hows.most_common(1)[0][0]]
