@@ -496,7 +496,15 @@ def answer_tau(found: Found) -> str:
         f"with {text} {gold(found, name)} (difference {shown(found.numbers(name, *GOLD) - found.numbers('dvpo', *GOLD))})"
         for name, text in names.items()
     )
-    return f"For the policy: DVPO's gold reward is {gold(found, 'dvpo')} with τ of its own rollout; {rest}."
+    worse = [interval(found.numbers(name, *GOLD) - found.numbers("dvpo", *GOLD))[2] < 0 for name in names]
+    seen = (
+        "a gain from τ is seen"
+        if all(worse)
+        else "no gain from τ is seen"
+        if not any(worse)
+        else "not all tell the same"
+    )
+    return f"For the policy {seen}: DVPO's gold reward is {gold(found, 'dvpo')} with τ of its own rollout; {rest}."
 
 
 def answer_2(found: Found) -> str:
