@@ -670,6 +670,18 @@ OFF = ("vcb", "dpo", "ipo", "slic", "rrhf", "rest")
 FULL = ("gold reward", "proxy (RM)", "KL to SFT", "malformed", "misaligned", "misaligned (gold)", "tokens", "EAD")
 
 
+def later(toy: Found, report: dict | None) -> str:
+    """A*-PO and online DPO: of a file of their own, made at another commit, until all runs are made anew."""
+    names = ("astar", "online_dpo")
+    if set(names) <= toy.runs.keys() or report is None:
+        return policies(toy, names, FULL)
+    tried = "; ".join(
+        f"{NAMES[name]} β {best['kl_coef']} at {best['learning_rate']}"
+        for name, rows in report["tuning"].items() for best in rows if best["chosen"]
+    )  # fmt: skip
+    return f"{policies(Found(report), names, FULL)}\n\nFrom commit {report['code']}; six settings each on seed 0, chosen by the rule above: {tried}."
+
+
 def gammas(found: Found) -> list[str]:
     return sorted(name for name in found.runs if "_gamma_" in name)
 
@@ -713,7 +725,7 @@ def tables() -> dict[str, callable]:
             "off_policy": lambda: policies(toy, (*OFF, *gammas(toy)), FULL),
             "off_equal_kl": lambda: equal_kl(toy, OFF, (0.5, 1.0, 1.5, 2.0)),
             "vcb": lambda: policies(toy, ("vcb", "vcb_n_2", "vcb_n_4", "vcb_n_8", "vcb_full", "vcb_mean"), FULL, against="vcb"),
-            "later": lambda: policies(Found(load("later")) if "astar" not in toy.runs and "later" in there else toy, ("astar", "online_dpo"), FULL),
+            "later": lambda: later(toy, load("later") if "later" in there else None),
             "betas": lambda: policies(toy, sorted(n for n in toy.runs if "_beta_" in n), ("gold reward", "proxy (RM)", "KL to SFT", "malformed")),
             "noise": lambda: policies(toy, ("vcb", "vcb_noise_1", "dpo", "dpo_noise_1", "rest", "rest_noise_1"), FULL),
             "length": lambda: policies(toy, ("sft", "dpo", "dpo_length_penalty"), ("gold reward", "tokens", "KL to SFT"), against="dpo"),

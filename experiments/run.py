@@ -227,11 +227,13 @@ def runs() -> dict[str, Run]:
         "dvpo_td_0": dvpo("--gvm {gvm_td_0}"),
         "dvpo_eq_2": dvpo("--gvm {gvm_eq_2}"),
     }
-    # question 9: two more, at the settings of RLOO and of its paper
-    drawn = "--policy {sft} --reward_model {rm} --learning_rate 4e-4 --snapshot_every 20"
+    # question 9: two more, each with six settings on seed 0, chosen as the others' (experiments/later.json)
+    drawn = "--policy {sft} --reward_model {rm} --snapshot_every 20"
     found |= {
-        "astar": Run("reinforce", f"{drawn} --data {{sample}} --baseline astar --kl_coef 0.05", 130),
-        "online_dpo": Run("reinforce", f"{drawn} --baseline dpo --kl_coef 0.1", 130),
+        "astar": Run(
+            "reinforce", f"{drawn} --data {{sample}} --baseline astar --kl_coef 0.1 --learning_rate 2e-4", 130
+        ),
+        "online_dpo": Run("reinforce", f"{drawn} --baseline dpo --kl_coef 1 --learning_rate 4e-4", 130),
     }
     # question 6: reward against KL
     for name in ("dvpo", "ppo"):
