@@ -44,7 +44,7 @@ dpo is online DPO (Guo et al. 2024), to the letter where a rollout is one update
 --rollout_batch_size, --n 2, --kl_target 0); with more of them each token's ratio is clipped, as in PPO.
 
 astar is A*-PO (Brantley et al. 2025): one response to a prompt, and the value of the optimal policy, made beforehand, in the
-place of a baseline. Its authors draw 8 responses for V* (sample.py --n 8), whose rewards are 0 or 1; they let beta_1 differ from beta.
+place of a baseline; one update a rollout (--ppo_epochs 1, --batch_size as --rollout_batch_size). Its authors draw 8 responses for V* (sample.py --n 8), whose rewards are 0 or 1; they let beta_1 differ from beta.
 
 Where the KL goes: into the reward, as a return-to-go (remax, reinforce++) or whole (rloo), or into the loss (grpo; k3).
 What is clipped: each token's ratio, as in PPO, for all four unless --ratio says otherwise. That is the papers' for grpo

@@ -31,7 +31,7 @@ NAMES = {
     "dvpo_td_95": "TD(0.95)", "dvpo_td_0": "TD(0), eq. 1", "dvpo_eq_2": "eq. 2 in the loss", "vcb_full": "VCB, all i ≠ j",
     "vcb_mean": "VCB, mean of pairs", "dpo_length_penalty": "DPO, length penalty 0.1", "vcb_n_2": "VCB, n = 2", "vcb_n_4": "VCB, n = 4",
     "vcb_n_8": "VCB, n = 8", "vcb_noise_1": "VCB, noisy scores", "dpo_noise_1": "DPO, noisy scores", "rest_noise_1": "ReST, noisy scores",
-    "rm": "reward model", "astar": "A*-PO", "online_dpo": "online DPO",
+    "rm": "reward model", "astar": "A*-PO, four updates a rollout", "astar_once": "A*-PO, one update a rollout", "online_dpo": "online DPO",
 }  # fmt: skip
 FORMS = {  # experiments/probes.py: values, and the advantage made of them
     f"{values}_{form}": f"{said}: {text}"
@@ -687,7 +687,7 @@ FULL = ("gold reward", "proxy (RM)", "KL to SFT", "malformed", "misaligned", "mi
 
 def later(toy: Found, report: dict | None) -> str:
     """A*-PO and online DPO: of a file of their own, made at another commit, until all runs are made anew."""
-    names = ("astar", "online_dpo")
+    names = ("astar", "astar_once", "online_dpo")
     if set(names) <= toy.runs.keys() or report is None:
         return policies(toy, names, FULL)
     tried = "; ".join(

@@ -229,10 +229,10 @@ def runs() -> dict[str, Run]:
     }
     # question 9: two more, each with six settings on seed 0, chosen as the others' (experiments/later.json)
     drawn = "--policy {sft} --reward_model {rm} --snapshot_every 20"
+    astar = f"{drawn} --data {{sample}} --baseline astar --kl_coef 0.1 --learning_rate 2e-4"
     found |= {
-        "astar": Run(
-            "reinforce", f"{drawn} --data {{sample}} --baseline astar --kl_coef 0.1 --learning_rate 2e-4", 130
-        ),
+        "astar": Run("reinforce", astar, 130),
+        "astar_once": Run("reinforce", f"{astar} --ppo_epochs 1 --batch_size 64", 130),
         "online_dpo": Run("reinforce", f"{drawn} --baseline dpo --kl_coef 1 --learning_rate 4e-4", 130),
     }
     # question 6: reward against KL
