@@ -136,19 +136,11 @@ class Args:
     learning_rate: float = 1e-3
     """peak learning rate of AdamW, linear to zero"""
     warmup_steps: int = 10
-    """steps of linear warm-up (VCB paper: 500)"""
+    """steps of linear warm-up (paper: 500)"""
     max_grad_norm: float = 1.0
     """gradient clipping by global norm; 0 turns it off"""
     batch_size: int = 8
     """prompts, each with all its pairs, per optimizer step, over all ranks"""
-    eval_data: str = ""
-    """held-out pairs or graded rows: which share of their pairs does the implicit reward order? A file or hub name"""
-    eval_split: str = "test"
-    """the part of --eval_data to read"""
-    eval_every: int = 0
-    """steps between such looks; 0 looks once, at the end"""
-    keep_best: bool = False
-    """keep in best/ the weights of the best such look, beside those of the end in final/"""
     micro_tokens: int = 4096
     """tokens per forward pass on one rank; a longer sequence is a pass of its own"""
     padding: bool = False
@@ -157,6 +149,14 @@ class Args:
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 48
     """a longer response is cut, and then has no EOS; sample.py's own limit keeps what it drew"""
+    eval_data: str = ""
+    """held-out rows of the same kind, looked at during training: a file or hub name"""
+    eval_split: str = "test"
+    """the part of --eval_data to read"""
+    eval_every: int = 0
+    """steps between such looks; 0 looks once, at the end"""
+    keep_best: bool = False
+    """keep in best/ the weights of the best such look, beside those of the end in final/"""
     lora_r: int = 0
     """rank of LoRA adapters (alpha 32) on all linear layers; 0 trains all weights"""
     gradient_checkpointing: bool = False
@@ -606,13 +606,8 @@ def train(args: Args) -> Path:
             with torch.no_grad():  # once more, with the weights that the step has left
                 logp, mask, (first,) = policy_logps(engine, [batch[0]], tokenizer, args, device)
             ref_logp = torch.tensor([first.ref_logp], device=device)
-            columns = {
-                "r": first.rewards,
-                "log pi_ref": ref_logp[0],
-                "log pi": logp[0],
-                "log-ratio": (logp - ref_logp)[0],
-            }
-            columns |= {"gamma log-ratio": gamma * (logp - ref_logp)[0]}
+            columns = {"r": first.rewards, "log pi_ref": ref_logp[0], "log pi": logp[0]}
+            columns |= {"log-ratio": (logp - ref_logp)[0], "gamma log-ratio": gamma * (logp - ref_logp)[0]}
             trace(tokenizer.decode(first.rows[0][0]), [repr(tokenizer.decode(y))[:50] for _, y in first.rows], columns)
             shutil.rmtree(run.folder)
             return run.folder
@@ -632,9 +627,7 @@ def train(args: Args) -> Path:
         )
     found = look()
     said = (
-        f"; the implicit reward orders {found['eval_accuracy']:.1%} of {found['eval_pairs']} held-out pairs"
-        if found
-        else ""
+        f"; the log-ratio orders {found['eval_accuracy']:.1%} of {found['eval_pairs']} held-out pairs" if found else ""
     )
     return run.finish(said, **found)
 

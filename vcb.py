@@ -108,7 +108,7 @@ class Args:
     max_response_tokens: int = 48
     """a longer response is cut, and then has no EOS; sample.py's own limit keeps what it drew"""
     eval_data: str = ""
-    """held-out graded rows, looked at during training: a file or hub name"""
+    """held-out rows of the same kind, looked at during training: a file or hub name"""
     eval_split: str = "test"
     """the part of --eval_data to read"""
     eval_every: int = 0
