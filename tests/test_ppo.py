@@ -290,7 +290,7 @@ def reinforce_update(baseline, beta):
     def update(token, old, ref, logp, logits):
         greedy = REWARDS[logits.argmax()].expand(256)
         advantage = reinforce.reward_advantages(
-            REWARDS[token], old - ref, MASK, baseline=baseline, n=n, greedy=greedy, kl_coef=beta
+            REWARDS[token], old - ref, MASK, baseline=baseline, n=n, other=greedy, kl_coef=beta
         )
         loss = reinforce.dvpo_loss(logp, old, advantage, MASK, 256)[0]
         if baseline == "grpo":

@@ -489,7 +489,7 @@ def test_the_regression_equals_a_loop_and_on_policy_is_reinforce_with_the_optima
         if i != 3:
             residual = beta * sum((logp - ref)[i, :T].tolist()) - float(gap[i])
             expected, slope[i, :T] = expected + residual**2 / 5, 2 * beta * residual / 5
-    assert float(loss) == pytest.approx(expected, rel=1e-12) and torch.allclose(grad, slope, rtol=1e-10)
+    assert loss.item() == pytest.approx(expected, rel=1e-12) and torch.allclose(grad, slope, rtol=1e-10)
     credit = (gap[:, 0] - beta * ((logp - ref) * mask).sum(1)).detach()[:, None] * mask
     surrogate = reinforce.dvpo_loss(logp, logp.detach(), credit, mask, 5)[0]
     assert torch.allclose(2 * beta * torch.autograd.grad(surrogate, logp)[0], grad, rtol=1e-10)
