@@ -691,7 +691,7 @@ def later(toy: Found, report: dict | None) -> str:
     if set(names) <= toy.runs.keys() or report is None:
         return policies(toy, names, FULL)
     tried = "; ".join(
-        f"{NAMES[name]} β {best['kl_coef']} at {best['learning_rate']}"
+        f"{NAMES[name]}, β {best['kl_coef']} at {best['learning_rate']}"
         for name, rows in report["tuning"].items() for best in rows if best["chosen"]
     )  # fmt: skip
     return f"{policies(Found(report), names, FULL)}\n\nFrom commit {report['code']}; six settings each on seed 0, chosen by the rule above: {tried}."
