@@ -487,15 +487,23 @@ def traced(args, world: int):
     return found
 
 
+# Copied from vcb.held_out_logps
+def held_out_logps(engine, groups, tokenizer, args, rank: int, world: int, device) -> list[list[float]]:
+    """log pi(y|x) of each group's responses, by the policy as it is, without dropout."""
+    engine.module.eval()
+    rows = [row for group in groups for row in group.rows]
+    found = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args, rank, world, device))
+    engine.module.train()
+    return [[next(found) for _ in group.rows] for group in groups]
+
+
 def held_out_order(engine, held_out: list, tokenizer, args, rank: int, world: int, device) -> dict:
     """Share of the pairs of groups that are not learned which the log-ratio puts in the order of their scores."""
     if not held_out:
         return {}
-    engine.module.eval()
-    rows = [row for group in held_out for row in group.rows]
-    logps = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args, rank, world, device))
-    engine.module.train()
-    implicit = [[next(logps) - ref for ref in group.ref_logp] for group in held_out]
+    logps = held_out_logps(engine, held_out, tokenizer, args, rank, world, device)
+    of = zip(logps, [group.ref_logp for group in held_out], strict=True)
+    implicit = [[x - ref for x, ref in zip(*pair, strict=True)] for pair in of]
     right, pairs = ranked_right(implicit, [group.rewards for group in held_out])
     return {"eval_accuracy": round(right / pairs, 4), "eval_pairs": pairs}
 
@@ -556,7 +564,9 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
-    look = lambda: held_out_order(engine, held_out, tokenizer, args, rank, world, device)
+    look = functools.lru_cache(1)(  # once for a number of updates: the last step's is the closing one
+        lambda updates: held_out_order(engine, held_out, tokenizer, args, rank, world, device)
+    )
     for step in range(run.step, total):
         chosen = step_groups(step)
         batch = [([], [True], q) for q in chosen]
@@ -612,7 +622,7 @@ def train(args: Args) -> Path:
             shutil.rmtree(run.folder)
             return run.folder
         loss, right, delta, drift, responses = all_sum(sums)
-        extra |= look() if args.eval_every and (step + 1) % args.eval_every == 0 else {}
+        extra |= look(step + 1) if args.eval_every and (step + 1) % args.eval_every == 0 else {}
         run.log(
             {
                 "loss": loss,
@@ -625,7 +635,7 @@ def train(args: Args) -> Path:
                 **extra,  # kto: z0 in nats, 0 where its estimate was negative
             }
         )
-    found = look()
+    found = look(total)
     said = (
         f"; the log-ratio orders {found['eval_accuracy']:.1%} of {found['eval_pairs']} held-out pairs" if found else ""
     )
@@ -950,9 +960,10 @@ def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
     """--eval_data must have a `need`; how many of its rows are learned as well is told."""
     if not held_out:
         stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
-    known = set(map(repr, learned))
-    twice = sum(repr(x) in known for x in held_out)
-    if twice and rank == 0:
+    asked = set(map(repr, held_out)) if rank == 0 else ()  # what is learned may be far larger
+    known = {x for x in map(repr, learned) if x in asked} if asked else ()
+    twice = sum(repr(x) in known for x in held_out) if known else 0
+    if twice:
         print(f"--eval_data: {twice} of {len(held_out)} examples are learned as well: what they tell is not held out")
 
 

@@ -817,8 +817,10 @@ def train(args: Args) -> Path:
     rollouts = Rollouts(engine, policy.ends, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    looked = lambda: held_out_answers(
-        held_out, rollouts, engine, frozen, (tau_pairs, tau_tokens), tokenizer, args, rank, world, device
+    look = functools.lru_cache(1)(  # once for a number of rollouts: the last one's is the closing one
+        lambda rollout: held_out_answers(
+            held_out, rollouts, engine, frozen, (tau_pairs, tau_tokens), tokenizer, args, rank, world, device
+        )
     )
     per_epoch = len(questions) // args.rollout_batch_size
     for step in range(run.step, args.steps):
@@ -940,9 +942,9 @@ def train(args: Args) -> Path:
                 for answer, text in list(zip(answers, texts, strict=True))[:4]:
                     file.write(json.dumps({"step": step + 1, "prompt": answer.prompt, "response": text}) + "\n")
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            metrics |= looked()
+            metrics |= look(step + 1)
         run.log(metrics)
-    found = looked()
+    found = look(args.steps)
     said = f"; Q_T {found['eval_value']:.3f} of held-out prompts, KL {found['eval_kl']:.2f}" if found else ""
     if model is shared:  # leave the GVM's parts out of the saved policy
         shared.delete_adapter("gvm")
@@ -1268,9 +1270,10 @@ def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
     """--eval_data must have a `need`; how many of its rows are learned as well is told."""
     if not held_out:
         stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
-    known = set(map(repr, learned))
-    twice = sum(repr(x) in known for x in held_out)
-    if twice and rank == 0:
+    asked = set(map(repr, held_out)) if rank == 0 else ()  # what is learned may be far larger
+    known = {x for x in map(repr, learned) if x in asked} if asked else ()
+    twice = sum(repr(x) in known for x in held_out) if known else 0
+    if twice:
         print(f"--eval_data: {twice} of {len(held_out)} examples are learned as well: what they tell is not held out")
 
 

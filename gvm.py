@@ -488,7 +488,9 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     value_model.train()
-    look = lambda: held_out_values(engine, tokenizer, answers, held_out, mean, std, args, rank, world, device)
+    look = functools.lru_cache(1)(  # once for a number of updates: the last step's is the closing one
+        lambda updates: held_out_values(engine, tokenizer, answers, held_out, mean, std, args, rank, world, device)
+    )
     current, order = None, []
     for step in range(run.step, len(plan)):
         epoch, at = plan[step]
@@ -537,9 +539,9 @@ def train(args: Args) -> Path:
             loss_sum += loss.detach()
         rates = {"learning_rate": engine.rate, "grad_norm": engine.step()}
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            rates |= {f"eval_{key}": value for key, value in look().items()}
+            rates |= {f"eval_{key}": value for key, value in look(step + 1).items()}
         run.log({"loss": all_sum(loss_sum), **rates, "positions": positions, "useful_tokens": useful})
-    found = look()
+    found = look(len(plan))
     best = found.get("accuracy_mean")
     said = f"; the mean of token values orders {best:.1%} of held-out pairs as their scores do" if best else ""
     return run.finish(said, **found)
@@ -883,9 +885,10 @@ def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
     """--eval_data must have a `need`; how many of its rows are learned as well is told."""
     if not held_out:
         stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
-    known = set(map(repr, learned))
-    twice = sum(repr(x) in known for x in held_out)
-    if twice and rank == 0:
+    asked = set(map(repr, held_out)) if rank == 0 else ()  # what is learned may be far larger
+    known = {x for x in map(repr, learned) if x in asked} if asked else ()
+    twice = sum(repr(x) in known for x in held_out) if known else 0
+    if twice:
         print(f"--eval_data: {twice} of {len(held_out)} examples are learned as well: what they tell is not held out")
 
 

@@ -742,7 +742,8 @@ def traced(args, world: int):
 
 def held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, rank: int, world: int, device) -> dict:
     """Means of one response to each held-out (prompt ids, messages), drawn with the same noise at every look: the reward as in
-    training, the log-ratio to the reference in nats, tokens, and the share that ended."""
+    training, the log-ratio to the reference in nats (of the log-probs that tokens were drawn at), tokens, and the share that
+    ended."""
     found = []
     for at in range(0, len(held_out), args.rollout_batch_size):
         some = held_out[at : at + args.rollout_batch_size]
@@ -824,7 +825,9 @@ def train(args: Args) -> Path:
     rollouts = Rollouts(engine, policy.ends, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
     drawn = slice(rank * per_rank * args.best_of, (rank + 1) * per_rank * args.best_of)  # before the best are kept
-    looked = lambda: held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, rank, world, device)
+    look = functools.lru_cache(1)(  # once for a number of rollouts: the last one's is the closing one
+        lambda rollout: held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, rank, world, device)
+    )
     per_epoch = len(questions) // args.rollout_batch_size
     for step in range(run.step, args.steps):
         clock = [now(device)]
@@ -952,9 +955,9 @@ def train(args: Args) -> Path:
                 for prompt, text in list(zip(asked, texts, strict=True))[:4]:
                     file.write(json.dumps({"step": step + 1, "prompt": prompt, "response": text}) + "\n")
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            metrics |= looked()
+            metrics |= look(step + 1)
         run.log(metrics)
-    found = looked()
+    found = look(args.steps)
     said = f"; reward {found['eval_reward']:.3f} of held-out prompts, KL {found['eval_kl']:.2f}" if found else ""
     return run.finish(said, **found)
 
@@ -1277,9 +1280,10 @@ def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
     """--eval_data must have a `need`; how many of its rows are learned as well is told."""
     if not held_out:
         stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
-    known = set(map(repr, learned))
-    twice = sum(repr(x) in known for x in held_out)
-    if twice and rank == 0:
+    asked = set(map(repr, held_out)) if rank == 0 else ()  # what is learned may be far larger
+    known = {x for x in map(repr, learned) if x in asked} if asked else ()
+    twice = sum(repr(x) in known for x in held_out) if known else 0
+    if twice:
         print(f"--eval_data: {twice} of {len(held_out)} examples are learned as well: what they tell is not held out")
 
 

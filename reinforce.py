@@ -9,7 +9,7 @@ model. With r(x, y) standardised and kl_t = log pi_old(y_t) - log pi_ref(y_t), t
     grpo         A_t = (r_i - mean of the n) / (std of the n + 1e-4), the KL is not in it
     reinforce++  A_t = normalize(r(x, y) - beta sum_{k>=t} kl_k), over all response tokens of the rollout
     dpo          A_t = +w, -w for the best and the worst of the n, w = sigmoid(-beta (sum_k kl_k of the best - of the worst)):
-                 the gradient of DPO's loss on pairs that the policy has just drawn, by beta           `pair_advantages`
+                 the gradient of DPO's loss on pairs that the policy has just drawn, over beta         `pair_advantages`
     astar        A = r(x, y) - V*(x), V*(x) = beta_1 log mean_i exp(r(x, y_i) / beta_1) of responses y_i of the reference,
                  which --data has with their scores (from sample.py): made once, before training      `optimal_value`
     L = -sum_t m_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / sum_t m_t           `dvpo_loss`, by `policy_loss`
@@ -40,11 +40,13 @@ The last four have no KL: --kl_coef 0 --kl_target 0. DAPO's dynamic sampling and
 paper sets no lower bound, which is --clip 1, and tunes the upper one; 5 is that of ScaleRL (Khatri et al. 2025), in TRL
 the bound itself. TRL's bnpo is a mean over one micro-batch's tokens: here no loss depends on how a step is split.
 
-dpo is online DPO (Guo et al. 2024), to the letter where a rollout is one update (--ppo_epochs 1, --batch_size equal to
---rollout_batch_size, --n 2, --kl_target 0); with more of them each token's ratio is clipped, as in PPO.
+dpo is online DPO (Guo et al. 2024): its gradient but for a constant where a rollout is one update (--n 2, --ppo_epochs 1,
+--batch_size equal to --rollout_batch_size, --loss_mean sum, --kl_target 0). With more updates each token's ratio is
+clipped, as in PPO; --loss_mean token divides a step by its tokens, not by its pairs.
 
-astar is A*-PO (Brantley et al. 2025): one response to a prompt, and the value of the optimal policy, made beforehand, in the
-place of a baseline; one update a rollout (--ppo_epochs 1, --batch_size as --rollout_batch_size). Its authors draw 8 responses for V* (sample.py --n 8), whose rewards are 0 or 1; they let beta_1 differ from beta.
+astar is A*-PO (Brantley et al. 2025): one response to a prompt, and the value of the optimal policy, made beforehand, in
+the place of a baseline; one update a rollout (--ppo_epochs 1, --batch_size equal to --rollout_batch_size). Its authors
+draw 8 responses for V* (sample.py --n 8), whose rewards are 0 or 1; they let beta_1 differ from beta.
 
 Where the KL goes: into the reward, as a return-to-go (remax, reinforce++) or whole (rloo), or into the loss (grpo; k3).
 What is clipped: each token's ratio, as in PPO, for all four unless --ratio says otherwise. That is the papers' for grpo
@@ -814,7 +816,8 @@ def whole_or_parts(module, args):
 # Copied from ppo.held_out_rewards
 def held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, rank: int, world: int, device) -> dict:
     """Means of one response to each held-out (prompt ids, messages), drawn with the same noise at every look: the reward as in
-    training, the log-ratio to the reference in nats, tokens, and the share that ended."""
+    training, the log-ratio to the reference in nats (of the log-probs that tokens were drawn at), tokens, and the share that
+    ended."""
     found = []
     for at in range(0, len(held_out), args.rollout_batch_size):
         some = held_out[at : at + args.rollout_batch_size]
@@ -865,14 +868,14 @@ def train(args: Args) -> Path:
     tokenizer = load_tokenizer(args.policy, args)
     reward = FunctionReward(args.reward) if args.reward else TextReward(args.reward_model, args, device)
     question = lambda row: [(encode(tokenizer, row, None, args)[0], as_messages(row["prompt"]))]
-    best = {}  # V* of each prompt, for astar
+    optimal = {}  # V* of each prompt, for astar
     if args.baseline == "astar":
         check_drawn(args)
         found = load_data(args, "prompts", lambda row: [(*question(row)[0], drawn_scores(row, reward, args))])
         questions = [(ids, messages) for ids, messages, _ in found]
         for _, messages, scores in found:  # a prompt may have several rows
-            best.setdefault(json.dumps(messages), []).extend(scores)
-        best = {x: optimal_value(scores, args.value_beta or args.kl_coef) for x, scores in best.items()}
+            optimal.setdefault(json.dumps(messages), []).extend(scores)
+        optimal = {x: optimal_value(scores, args.value_beta or args.kl_coef) for x, scores in optimal.items()}
     else:
         questions = load_data(args, "prompts", question)
     per_rollout = args.rollout_batch_size // n  # prompts
@@ -905,7 +908,9 @@ def train(args: Args) -> Path:
     rollouts = Rollouts(engine, policy.ends, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    looked = lambda: held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, rank, world, device)
+    look = functools.lru_cache(1)(  # once for a number of rollouts: the last one's is the closing one
+        lambda rollout: held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, rank, world, device)
+    )
     per_epoch = len(questions) // per_rollout
     for step in range(run.step, args.steps):
         clock = [now(device)]
@@ -926,7 +931,7 @@ def train(args: Args) -> Path:
         scores = [(x - reward.mean) / reward.std - args.eos_penalty * (not whole) for x, whole in zip(scores, complete)]
         found = list(zip(drawn, sampled, texts, complete, scores, strict=True))
         other = [x for *_, x in gather_lists(found[per_rank:], world)]
-        other = [best[json.dumps(messages)] for messages in asked] if best else other
+        other = [optimal[json.dumps(messages)] for messages in asked] if optimal else other
         other = torch.tensor(other, device=device)
         responses, sampled, texts, complete, scores = zip(*gather_lists(found[:per_rank], world), strict=True)
         score, sampled = torch.tensor(scores, device=device), padded(sampled, device)
@@ -1021,9 +1026,9 @@ def train(args: Args) -> Path:
                 for prompt, text in list(zip(asked, texts, strict=True))[:4]:
                     file.write(json.dumps({"step": step + 1, "prompt": prompt, "response": text}) + "\n")
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            metrics |= looked()
+            metrics |= look(step + 1)
         run.log(metrics)
-    found = looked()
+    found = look(args.steps)
     said = f"; reward {found['eval_reward']:.3f} of held-out prompts, KL {found['eval_kl']:.2f}" if found else ""
     return run.finish(said, **found)
 
@@ -1346,9 +1351,10 @@ def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
     """--eval_data must have a `need`; how many of its rows are learned as well is told."""
     if not held_out:
         stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
-    known = set(map(repr, learned))
-    twice = sum(repr(x) in known for x in held_out)
-    if twice and rank == 0:
+    asked = set(map(repr, held_out)) if rank == 0 else ()  # what is learned may be far larger
+    known = {x for x in map(repr, learned) if x in asked} if asked else ()
+    twice = sum(repr(x) in known for x in held_out) if known else 0
+    if twice:
         print(f"--eval_data: {twice} of {len(held_out)} examples are learned as well: what they tell is not held out")
 
 

@@ -316,10 +316,11 @@ def train(args: Args) -> Path:
     run.restore()
     reward_model.train()
 
-    def look() -> dict:
+    @functools.lru_cache(1)  # once for a number of updates: the last step's is the closing one
+    def look(updates: int) -> dict:
         reward_model.eval()
         found = held_out_pairs(engine, held_out, tokenizer.pad_token_id, args, rank, world, device)
-        if args.keep_best or run.step == total:  # what is kept knows its rewards' mean and standard deviation
+        if args.keep_best or updates == total:  # what is kept knows its rewards' mean and standard deviation
             sequences = [sequence for i in training[:1000] for sequence in questions[i][1]]
             rewards = torch.tensor(
                 score_sequences(engine, sequences, tokenizer.pad_token_id, args, rank, world, device)
@@ -354,10 +355,10 @@ def train(args: Args) -> Path:
         loss, accuracy = all_sum(sums)
         rates = {"learning_rate": engine.rate, "grad_norm": grad_norm}
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            rates |= look()
+            rates |= look(step + 1)
         run.log({"loss": loss, "accuracy": accuracy, **rates, "pairs": pairs, "useful_tokens": useful})
 
-    found = look()
+    found = look(total)
     said = (
         f"; orders {found['eval_accuracy']:.1%} of {found['eval_pairs']} held-out pairs as their scores do"
         if found
@@ -685,9 +686,10 @@ def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
     """--eval_data must have a `need`; how many of its rows are learned as well is told."""
     if not held_out:
         stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
-    known = set(map(repr, learned))
-    twice = sum(repr(x) in known for x in held_out)
-    if twice and rank == 0:
+    asked = set(map(repr, held_out)) if rank == 0 else ()  # what is learned may be far larger
+    known = {x for x in map(repr, learned) if x in asked} if asked else ()
+    twice = sum(repr(x) in known for x in held_out) if known else 0
+    if twice:
         print(f"--eval_data: {twice} of {len(held_out)} examples are learned as well: what they tell is not held out")
 
 

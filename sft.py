@@ -201,7 +201,9 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
-    look = lambda: held_out_loss(engine, held_out, tokenizer.pad_token_id, args, rank, world, device)
+    look = functools.lru_cache(1)(  # once for a number of updates: the last step's is the closing one
+        lambda updates: held_out_loss(engine, held_out, tokenizer.pad_token_id, args, rank, world, device)
+    )
     for step in range(run.step, total):
         order = shuffled(len(examples), args.seed, step // per_epoch)
         at = (step % per_epoch) * args.batch_size
@@ -216,9 +218,9 @@ def train(args: Args) -> Path:
             loss_sum += loss.detach()
         rates = {"learning_rate": engine.rate, "grad_norm": engine.step()}
         if held_out and args.eval_every and (step + 1) % args.eval_every == 0:
-            rates["eval_loss"] = look()
+            rates["eval_loss"] = look(step + 1)
         run.log({"loss": all_sum(loss_sum), **rates, "tokens": tokens, "useful_tokens": useful})
-    loss = round(look(), 4) if held_out else None
+    loss = round(look(total), 4) if held_out else None
     return run.finish(f"; held-out loss {loss:.3f}" if held_out else "", **({"eval_loss": loss} if held_out else {}))
 
 
@@ -521,9 +523,10 @@ def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
     """--eval_data must have a `need`; how many of its rows are learned as well is told."""
     if not held_out:
         stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
-    known = set(map(repr, learned))
-    twice = sum(repr(x) in known for x in held_out)
-    if twice and rank == 0:
+    asked = set(map(repr, held_out)) if rank == 0 else ()  # what is learned may be far larger
+    known = {x for x in map(repr, learned) if x in asked} if asked else ()
+    twice = sum(repr(x) in known for x in held_out) if known else 0
+    if twice:
         print(f"--eval_data: {twice} of {len(held_out)} examples are learned as well: what they tell is not held out")
 
 

@@ -351,15 +351,20 @@ def traced(args, world: int):
     return found
 
 
+def held_out_logps(engine, groups, tokenizer, args, rank: int, world: int, device) -> list[list[float]]:
+    """log pi(y|x) of each group's responses, by the policy as it is, without dropout."""
+    engine.module.eval()
+    rows = [row for group in groups for row in group.rows]
+    found = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args, rank, world, device))
+    engine.module.train()
+    return [[next(found) for _ in group.rows] for group in groups]
+
+
 def held_out_gaps(engine, held_out: list, tokenizer, args, rank: int, world: int, device) -> dict:
     """Loss above its floor, mean |s_i - s_j| and share of misaligned pairs of groups that are not learned."""
     if not held_out:
         return {}
-    engine.module.eval()
-    rows = [row for group in held_out for row in group.rows]
-    logps = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args, rank, world, device))
-    engine.module.train()
-    logp = padded([[next(logps) for _ in group.rows] for group in held_out], device)
+    logp = padded(held_out_logps(engine, held_out, tokenizer, args, rank, world, device), device)
     ref_logp, reward = (padded([getattr(group, x) for group in held_out], device) for x in ("ref_logp", "rewards"))
     mask = padded([[1.0] * len(group.rows) for group in held_out], device) > 0
     losses = vcb_loss(logp, ref_logp, reward, gamma=args.gamma, lam=args.lam, pairs=args.pairs, mask=mask)
@@ -398,7 +403,9 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
-    look = lambda: held_out_gaps(engine, held_out, tokenizer, args, rank, world, device)
+    look = functools.lru_cache(1)(  # once for a number of updates: the last step's is the closing one
+        lambda updates: held_out_gaps(engine, held_out, tokenizer, args, rank, world, device)
+    )
     for step in range(run.step, total):
         order = shuffled(len(groups), args.seed, step // per_epoch)
         at = (step % per_epoch) * args.batch_size
@@ -435,7 +442,7 @@ def train(args: Args) -> Path:
             shutil.rmtree(run.folder)
             return run.folder
         loss, gap, misaligned, pairs, drift, responses, kl = all_sum(sums)
-        looked = look() if args.eval_every and (step + 1) % args.eval_every == 0 else {}
+        looked = look(step + 1) if args.eval_every and (step + 1) % args.eval_every == 0 else {}
         run.log(
             {
                 "loss": loss,  # above its floor
@@ -449,7 +456,7 @@ def train(args: Args) -> Path:
                 **looked,
             }
         )
-    found = look()
+    found = look(total)
     said = f"; {found['eval_misaligned']:.1%} of held-out pairs misaligned" if found else ""
     return run.finish(said, **found)
 
@@ -772,9 +779,10 @@ def check_held_out(args, held_out: list, learned, rank: int, need: str = "row"):
     """--eval_data must have a `need`; how many of its rows are learned as well is told."""
     if not held_out:
         stop(f"--eval_data {args.eval_data} ({args.eval_split}) has no {need} to look at")
-    known = set(map(repr, learned))
-    twice = sum(repr(x) in known for x in held_out)
-    if twice and rank == 0:
+    asked = set(map(repr, held_out)) if rank == 0 else ()  # what is learned may be far larger
+    known = {x for x in map(repr, learned) if x in asked} if asked else ()
+    twice = sum(repr(x) in known for x in held_out) if known else 0
+    if twice:
         print(f"--eval_data: {twice} of {len(held_out)} examples are learned as well: what they tell is not held out")
 
 

@@ -339,7 +339,7 @@ def claim_sentiment(report: dict) -> str:
         found.setdefault(name.split("-")[0], []).append(row["gold"]["mean"])
     at = {name: f"{np.mean(x):.2f}".replace("-", "−") for name, x in found.items()}
     return (
-        f"A real model learns too: in controlled sentiment on {report['model']} gold reward, at most 1, goes from {at['sft']} to {at['dvpo']} by DVPO, "
+        f"A real model: in controlled sentiment on {report['model']} gold reward, at most 1, goes from {at['sft']} to {at['dvpo']} by DVPO, "
         f"{at['ppo']} by PPO, {at['vcb']} by VCB and {at['dpo']} by DPO, [with samples, KL and perplexity](EXPERIMENTS.md#a-real-language-model)."
     )  # fmt: skip
 
@@ -356,8 +356,8 @@ def answer_sentiment(report: dict) -> str:
     )
     of = lambda name: np.array([_dig(row, ("gold", "mean")) for row in runs[name]])
     return (
-        f"**Answer.** All four learn: from {number('sft', 'gold', 'mean')} of the SFT policy gold reward comes to {each}. DVPO's less PPO's, by RL seed: "
-        f"{shown(of('dvpo') - of('ppo'))}, at a smaller KL and in longer sentences ({number('dvpo', 'length')} tokens against {number('ppo', 'length')})."
+        f"**Answer.** From {number('sft', 'gold', 'mean')} of the SFT policy gold reward comes to {each}. DVPO's is {word(of('dvpo') - of('ppo'))} PPO's "
+        f"(difference {shown(of('dvpo') - of('ppo'))} by RL seed), with {number('dvpo', 'length')} tokens a sentence against {number('ppo', 'length')}."
     )  # fmt: skip
 
 
@@ -661,6 +661,22 @@ def answer_baselines(found: Found) -> str:
     return f"**Answer.** At equal rollouts {rest}."
 
 
+def claim_questions(found: Found) -> str:
+    """README: what everyone asks first."""
+    gap = lambda name: found.numbers(name, *GOLD) - found.numbers("ppo", *GOLD)
+    fell = len(broken(found, "dvpo"))
+    broke = f", and on {fell} of {len(found.seeds)} seeds it broke down on the way" if fell else ""
+    names = ("dvpo_no_tau_shown", "dvpo_no_tau", "dvpo_other_tau")
+    worse = [interval(found.numbers(name, *GOLD) - found.numbers("dvpo", *GOLD))[2] < 0 for name in names]
+    policy = "some" if any(worse) else "no"
+    first = lambda which: shown(found.numbers("gvm", which, "first3", "correlation"), bounds=False)
+    return (
+        f"Does DVPO beat PPO? In the toy world its gold reward is {word(gap('dvpo'))} PPO's (difference {shown(gap('dvpo'))}){broke}; with the paper's `q` it is "
+        f"{word(gap('dvpo_q'))} PPO's. Is τ worth it? Over a response's first three tokens the values of the policies that τ shows correlate {first('right_tau')} with the "
+        f"exact ones, {first('no_tau')} with no τ; of the policy that is trained with them {policy} gain is seen."
+    )  # fmt: skip
+
+
 def claims(found: Found) -> str:
     """The findings in short, at the head of EXPERIMENTS.md."""
     return "\n".join(
@@ -694,7 +710,16 @@ def later(toy: Found, report: dict | None) -> str:
         f"{NAMES[name]}, β {best['kl_coef']} at {best['learning_rate']}"
         for name, rows in report["tuning"].items() for best in rows if best["chosen"]
     )  # fmt: skip
-    return f"{policies(Found(report), names, FULL)}\n\nFrom commit {report['code']}; six settings each on seed 0, chosen by the rule above: {tried}."
+    of = Found(report)
+    own = {name: of.numbers(name, *GOLD) for name in names}
+    sft = toy.numbers("sft", *GOLD)
+    worse = lambda name: f"{int((own[name] < sft).sum())} of {len(sft)} seeds"
+    gap = own["online_dpo"] - toy.numbers("ppo", *GOLD)
+    return (
+        f"{policies(of, names, FULL)}\n\nA*-PO ends below the SFT policy's gold reward on {worse('astar')} with four updates a rollout, on {worse('astar_once')} with one. "
+        f"Online DPO's gold reward is {word(gap)} PPO's (difference {shown(gap)}). From commit {report['code']}; six settings each on seed 0, chosen by the rule "
+        f"above: {tried}. A*-PO with one update keeps those of four."
+    )  # fmt: skip
 
 
 def gammas(found: Found) -> list[str]:
@@ -756,7 +781,7 @@ def tables() -> dict[str, callable]:
                 "answer_3": lambda: f"{answer_ppo(toy)}\n\n{answer_breakdown(toy)}\n\n{answer_ladder(toy)}",
                 "answer_4": lambda: f"{answer_gradient(toy)}\n\n{answer_advantages(toy)}", "answer_5": lambda: answer_off(toy), "answer_6": lambda: answer_over(toy),
                 "answer_7": lambda: answer_implicit(toy), "answer_8": lambda: answer_teachers(toy),
-                "answer_9": lambda: answer_baselines(toy), "claims": lambda: claims(toy),
+                "answer_9": lambda: answer_baselines(toy), "claims": lambda: claims(toy), "claim_questions": lambda: claim_questions(toy),
                 "gradients": lambda: gradients(toy), "teachers": lambda: teachers(toy), "moved": lambda: moved(toy),
                 "implicit": lambda: implicit(toy),
             }  # fmt: skip
