@@ -1,4 +1,4 @@
-"""Tables of EXPERIMENTS.md and of the README's toy world, from experiments/*.json.
+"""What stands between the table marks of EXPERIMENTS.md, README.md and docs/, from experiments/*.json and bench/results/chaos.txt.
 
     python experiments/page.py            # rewrites what stands between <!-- table NAME --> and <!-- end -->
     python experiments/page.py --check    # says what differs, writes nothing; exit code 1 if something does
@@ -33,6 +33,13 @@ NAMES = {
     "vcb_n_8": "VCB, n = 8", "vcb_noise_1": "VCB, noisy scores", "dpo_noise_1": "DPO, noisy scores", "rest_noise_1": "ReST, noisy scores",
     "rm": "reward model", "astar": "A*-PO, four updates a rollout", "astar_once": "A*-PO, one update a rollout", "online_dpo": "online DPO",
 }  # fmt: skip
+OWN = {
+    "vcb": ("γ", "0.25"),
+    "dpo": ("γ", "1"),
+    "ipo": ("γ", "0.1"),
+    "dvpo": ("β", "0.1"),
+    "ppo": ("β", "0.05"),
+}  # of the runs named so
 FORMS = {  # experiments/probes.py: values, and the advantage made of them
     f"{values}_{form}": f"{said}: {text}"
     for values, said in (("gvm", "GVM"), ("exact", "exact Q"))
@@ -54,11 +61,18 @@ PAGES = ("EXPERIMENTS.md", "README.md", "docs/faults.md", "docs/toy.md")
 NOT_YET = "*Not run yet.*"
 
 
+def said(name: str, full: bool = False) -> str:
+    """`vcb_gamma_0.5`: VCB, γ 0.5; in full, `vcb`: VCB, γ 0.25."""
+    base, _, value = re.sub("_(gamma|beta)_", " ", name).partition(" ")
+    sign, own = OWN.get(base, ("", ""))
+    return f"{NAMES[base]}, {sign} {value or own}" if value or full else NAMES[name]
+
+
 class Found:
     """experiments/toy.json: what runs measured, a number a seed."""
 
     def __init__(self, report: dict):
-        self.runs, self.seeds, self.code = report["runs"], report["seeds"], report["code"]
+        self.runs, self.seeds = report["runs"], report["seeds"]
         self.probes = report.get("probes", {})
 
     def probed(self, *path) -> np.ndarray:
@@ -86,7 +100,8 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
 
 
 def shown(x: np.ndarray, digits: int = 2, percent: bool = False, bounds: bool = True) -> str:
-    mean, low, high = (v * 100 if percent else v for v in interval(np.asarray(x, float)))
+    scale = 100 if percent else 1
+    mean, low, high = (round(v * scale, digits) + 0.0 for v in interval(np.asarray(x, float)))  # no −0.00
     if math.isnan(mean):
         return "–"
     text = f"{mean:.{digits}f}{' %' if percent else ''}"
@@ -108,17 +123,20 @@ COLUMNS = {  # title -> (path, digits, in per cent, with interval)
     "misaligned (gold)": (("misaligned_gold",), 1, True, False),
     "tokens": (("length",), 1, False, False),
     "EAD": (("diversity", "ead"), 2, False, False),
-    "Self-BLEU-2": (("diversity", "self_bleu_2"), 2, False, False),
 }
 
 
 def policies(
-    found: Found, names, columns=("gold reward", "KL to SFT", "malformed", "tokens"), against: str = ""
+    found: Found,
+    names,
+    columns=("gold reward", "KL to SFT", "malformed", "tokens"),
+    against: str = "",
+    full: bool = False,
 ) -> str:
     head = ["", *columns, *([f"gold − {NAMES[against]}, paired"] if against else [])]
-    rows, missing = [], [NAMES.get(name, name) for name in names if name not in found.runs]
+    rows, missing = [], [said(name) for name in names if name not in found.runs]
     for name in (name for name in names if name in found.runs):
-        row = [NAMES.get(name, f"`{name}`")]
+        row = [said(name, full)]
         row += [shown(found.numbers(name, *COLUMNS[c][0]), *COLUMNS[c][1:]) for c in columns]
         if against:
             gap = found.numbers(name, "gold", "mean") - found.numbers(against, "gold", "mean")
@@ -153,8 +171,53 @@ def at_kl(found: Found, name: str, kl: float, window: int = 5) -> np.ndarray:
 
 
 def equal_kl(found: Found, names, levels=(1.0, 2.0, 3.0, 4.0)) -> str:
-    rows = [[NAMES.get(name, name), *(shown(at_kl(found, name, kl)) for kl in levels)] for name in names]
+    rows = [[NAMES[name], *(shown(at_kl(found, name, kl)) for kl in levels)] for name in names]
     return table(["gold reward at a KL of", *(f"{kl:g} nats" for kl in levels)], rows)
+
+
+def family(found: Found, name: str) -> list[str]:
+    """A method's runs at all its coefficients, the smallest first."""
+    value = lambda run: float(run.rpartition("_")[2] if run != name else OWN[name][1])
+    return sorted((run for run in found.runs if re.sub("_(gamma|beta)_.*", "", run) == name), key=value)
+
+
+def matched(found: Found, name: str, kl: float, *path) -> np.ndarray:
+    """What the final policies of a method would be worth at this KL, one number a seed: between its coefficients' runs, NaN beyond
+    them."""
+    names, out = family(found, name), []
+    for x, y in zip(*(np.array([found.numbers(run, *one) for run in names]).T for one in (("kl",), path)), strict=True):
+        order = np.argsort(x)
+        out.append(np.interp(kl, x[order], y[order], math.nan, math.nan))
+    return np.array(out)
+
+
+LEVELS = {"γ": (1.0, 1.5, 2.0, 2.5, 3.0), "β": (3.0, 4.0, 5.0, 6.0, 7.0)}
+
+
+def levels(found: Found, names) -> list[float]:
+    """The KLs that final policies of all these methods reach on every seed."""
+    reach = lambda kl: not any(np.isnan(matched(found, name, kl, *GOLD)).any() for name in names)
+    return [kl for kl in LEVELS[OWN[names[0]][0]] if reach(kl)]
+
+
+def at_matched_kl(found: Found, names) -> str:
+    """Gold reward of final policies, between coefficients."""
+    if any(len(family(found, name)) < 2 for name in names):
+        return NOT_YET
+    steps = LEVELS[OWN[names[0]][0]]
+    full = lambda x: "–" if np.isnan(x).any() else shown(x)  # a mean over some of the seeds would be of the mildest
+    rows = [[NAMES[name], *(full(matched(found, name, kl, *GOLD)) for kl in steps)] for name in names]
+    return table(["gold reward of final policies at a KL of", *(f"{kl:g} nats" for kl in steps)], rows)
+
+
+def all_at_matched_kl(found: Found, names) -> str:
+    """Every column, at the greatest KL that all reach."""
+    if any(len(family(found, name)) < 2 for name in names) or not levels(found, names):
+        return NOT_YET
+    kl, keys = levels(found, names)[-1], [key for key in FULL if key != "KL to SFT"]
+    at = lambda name, key: matched(found, name, kl, *COLUMNS[key][0])
+    rows = [[NAMES[name], *(shown(at(name, key), *COLUMNS[key][1:]) for key in keys)] for name in names]
+    return table([f"at a KL of {kl:g} nats", *keys], rows)
 
 
 def curve(found: Found, name: str, key: str = "gold") -> np.ndarray:
@@ -184,12 +247,15 @@ def lowest(found: Found, name: str, after: int = 30, window: int = 10) -> np.nda
     return np.array([np.convolve(one[after:], np.ones(window) / window, "valid").min() for one in rows])
 
 
-def broken(found: Found, name: str, fall: float = 0.5) -> list[str]:
-    """The seeds on which a run's ten-step mean after step 30 falls so far below what it had at steps 21 to 30."""
-    before = curve(found, name)[:, :30][:, -10:].mean(1)
-    return [
-        str(seed) for seed, low, high in zip(found.seeds, lowest(found, name), before, strict=True) if low < high - fall
-    ]
+def broken(found: Found, name: str, fall: float = 0.5, window: int = 10) -> list[str]:
+    """The seeds on which a ten-step mean, or the final policy, falls so far below an earlier ten-step mean."""
+    out = []
+    for seed, one, end in zip(found.seeds, curve(found, name), found.numbers(name, *GOLD), strict=True):
+        means = np.convolve(one, np.ones(window) / window, "valid")
+        best = np.maximum.accumulate(means)
+        if (np.append(means[window:], end) < np.append(best[:-window], best[-1]) - fall).any():
+            out.append(str(seed))
+    return out
 
 
 def plateau(found: Found, names) -> str:
@@ -203,7 +269,7 @@ def plateau(found: Found, names) -> str:
     return table(
         [
             "",
-            "steps to 95 % of PPO's plateau",
+            "steps to 95 % of PPO's plateau, of the seeds that reach it",
             "seeds that reach it",
             "gold of the worst seed",
             "lowest ten-step mean after step 30, worst seed",
@@ -251,7 +317,7 @@ def readings(found: Found, names) -> str:
             for which in ("all", "well_formed")
             for who in ("gvm", "gvm_no_tau_shown", "rm")
         ]
-        rows.append([NAMES.get(name, name), shown(found.numbers(name, "kl"), 1, bounds=False), *cells])
+        rows.append([NAMES[name], shown(found.numbers(name, "kl"), 1, bounds=False), *cells])
     head = ["texts of", "KL to SFT", "Q_T", "Q_T, no τ shown", "RM", "Q_T, well-formed", "no τ shown", "RM"]
     return table(head, rows)
 
@@ -348,16 +414,16 @@ def answer_sentiment(report: dict) -> str:
     runs = {}
     for name, row in report["policies"].items():
         runs.setdefault(name.split("-")[0], []).append(row)
-    number = lambda name, *path: f"{np.mean([_dig(row, path) for row in runs[name]]):.2f}".replace("-", "−")
+    number = lambda name, *path, digits=2: f"{np.mean([_dig(row, path) for row in runs[name]]):.{digits}f}".replace("-", "−")  # fmt: skip
     each = "; ".join(
-        f"{NAMES[name]} {number(name, 'gold', 'mean')} at a KL of {number(name, 'kl')}"
+        f"{number(name, 'gold', 'mean')} with {NAMES[name]} at a KL of {number(name, 'kl', digits=1)} ({len(runs[name])} seed{'s' * (len(runs[name]) > 1)})"
         for name in runs
         if name != "sft"
     )
     of = lambda name: np.array([_dig(row, ("gold", "mean")) for row in runs[name]])
     return (
-        f"**Answer.** From {number('sft', 'gold', 'mean')} of the SFT policy gold reward comes to {each}. DVPO's is {word(of('dvpo') - of('ppo'))} PPO's "
-        f"(difference {shown(of('dvpo') - of('ppo'))} by RL seed), with {number('dvpo', 'length')} tokens a sentence against {number('ppo', 'length')}."
+        f"**Answer.** Gold reward goes from {number('sft', 'gold', 'mean')} (SFT) to {each}. DVPO's is {word(of('dvpo') - of('ppo'))} PPO's "
+        f"(difference {shown(of('dvpo') - of('ppo'))} by RL seed), with {number('dvpo', 'length', digits=1)} tokens a sentence against {number('ppo', 'length', digits=1)}."
     )  # fmt: skip
 
 
@@ -439,7 +505,7 @@ def word(gap: np.ndarray) -> str:
 
 
 def against(found: Found, one: str, other: str, *path) -> str:
-    """`above PPO's (0.05 [0.01, 0.09])`."""
+    """`above PPO's (difference 0.05 [0.01, 0.09])`."""
     gap = found.numbers(one, *path) - found.numbers(other, *path)
     return f"{word(gap)} {NAMES[other].replace('`', '')}'s (difference {shown(gap)})"
 
@@ -448,13 +514,17 @@ GOLD = ("gold", "mean")
 
 
 def answer_values(found: Found) -> str:
-    at = lambda which, span, kind="correlation": shown(found.numbers("gvm", which, span, kind), bounds=False)
-    yard = lambda which: shown(found.numbers("gvm", "yardsticks", which, "all", "correlation"), bounds=False)
-    held = lambda which: shown(found.numbers("gvm", "held_out_policies", which, "all", "correlation"), bounds=False)
+    at = lambda which, span: found.numbers("gvm", which, span, "correlation")
+    without = lambda span: found.numbers("gvm_no_tau", "no_tau", span, "correlation")
+    unseen = lambda name, k: shown(
+        found.numbers(name, "pairs_shown", "held_out", k, "all", "correlation"), bounds=False
+    )
+    mean = lambda x: shown(x, bounds=False)
     return (
-        f"**Answer.** For the token values of policies like those it was trained on, τ does it: with the writer's τ the correlation over the first three tokens is {at('right_tau', 'first3')}, with "
-        f"none shown {at('no_tau', 'first3')}, with another policy's {at('other_tau', 'first3')}; over all tokens {at('right_tau', 'all')} "
-        f"({yard('bayes_tau')} is Bayes-optimal). Of policies never seen it is {held('right_tau')} over all tokens, {held('no_tau')} with none shown."
+        f"**Answer.** At the beginning of a response τ tells who writes: over the first three tokens the correlation is {mean(at('right_tau', 'first3'))} with the "
+        f"writer's τ, {mean(without('first3'))} for a GVM trained without, {mean(at('other_tau', 'first3'))} with another policy's. Over all tokens it is {mean(at('right_tau', 'all'))} against "
+        f"{mean(without('all'))} (difference {shown(at('right_tau', 'all') - without('all'))}): after a few words the text itself tells. Of policies never seen it is {unseen('gvm', '2')} with two "
+        f"pairs, {unseen('gvm', '0')} with none shown, {unseen('gvm_no_tau', '0')} for the GVM trained without."
     )  # fmt: skip
 
 
@@ -465,7 +535,7 @@ def answer_moved(found: Found) -> str:
     kl = shown([one["moved"][-1]["kl"] for one in found.probes.values()], 1, bounds=False)
     start = lambda name: shown(found.probed("teachers", "correlation", name, "all"), bounds=False)
     return (
-        f"For a mixture it misleads: of the SFT policy's own values the GVM knows {start('gvm')} with τ of its texts and {start('gvm_no_tau_shown')} with none "
+        f"For a mixture τ misleads: of the SFT policy's own values the GVM knows {start('gvm')} with τ of its texts and {start('gvm_no_tau_shown')} with none "
         f"(correlation). And a frozen value model loses most of what it knows of a policy that moves: of DVPO's at a KL of {kl}, {at(-1, 'gvm')} "
         f"and {at(-1, 'gvm_no_tau_shown')}."
     )  # fmt: skip
@@ -473,29 +543,36 @@ def answer_moved(found: Found) -> str:
 
 def answer_ppo(found: Found) -> str:
     kl = lambda name: shown(found.numbers(name, "kl"), 1, bounds=False)
-    level = next((x for x in (4.0, 3.5, 3.0) if not np.isnan(at_kl(found, "dvpo", x)).any()), 2.0)
-    gap = at_kl(found, "dvpo", level) - at_kl(found, "ppo", level)
-    steps, fell = steps_to(found, "dvpo"), broken(found, "dvpo")
+    gap = lambda level: at_kl(found, "dvpo", level) - at_kl(found, "ppo", level)
+    early = "; ".join(f"{x:g} nats, {word(gap(x))} PPO's ({shown(gap(x))})" for x in (1.0, 2.0, 3.0, 4.0))
+    steps, ill = steps_to(found, "dvpo"), broken(found, "dvpo")
     others = [NAMES[name] for name in ON[2:] if name in found.runs and broken(found, name)]
     trouble = ""
-    if fell:
-        at = [found.seeds.index(int(seed)) for seed in fell]
+    if ill:
+        at = [found.seeds.index(int(seed)) for seed in ill]
         low, end = lowest(found, "dvpo")[at].min(), found.numbers("dvpo", *GOLD)[at]
         peak = max(np.convolve(one, np.ones(10) / 10, "valid").max() for one in curve(found, "dvpo", "kl")[at])
+        last = ", ".join(f"{x:.2f}" for x in curve(found, "dvpo")[at, -10:].mean(1))
         trouble = (
-            f" **On seed {', '.join(fell)} it broke down on the way**: a ten-step mean of gold as low as {low:.2f}, of KL as high as {peak:.0f}, and "
-            f"{', '.join(f'{x:.2f}' for x in end)} in the end; {'so did ' + ', '.join(others) if others else 'no other method did'}."
+            f" **On seed {', '.join(ill)} it broke down on the way**: a ten-step mean of gold as low as {low:.2f}, of KL as high as {peak:.0f}, and "
+            f"{last} over the last ten steps ({', '.join(f'{x:.2f}' for x in end)} of the final policy); {'so did ' + ', '.join(others) if others else 'no other method did'}."
         ).replace("-", "−").replace("ten−step", "ten-step")  # fmt: skip
     return (
         f"**Answer.** DVPO's gold reward is {against(found, 'dvpo', 'ppo', *GOLD)}, at a KL of {kl('dvpo')} against {kl('ppo')}; where "
-        f"rollouts first come to a KL of {level:.1f} nats it is {word(gap)} PPO's ({shown(gap)}). It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
-        f"{len(steps)} seeds.{trouble} The paper's own advantage, `q`, is {against(found, 'dvpo_q', 'ppo', *GOLD)}. What DVPO saves is the critic, the "
-        "reward model and half of an update ([docs/ppo_to_dvpo.md](docs/ppo_to_dvpo.md)), not steps."
+        f"rollouts first come to a KL of {early}. It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
+        f"{len(steps)} seeds.{trouble} The paper's own advantage, `q`, is {against(found, 'dvpo_q', 'ppo', *GOLD)}. What DVPO saves is the critic and "
+        "its update ([docs/ppo_to_dvpo.md](docs/ppo_to_dvpo.md)); a frozen GVM stands where the reward model was. It does not save steps."
     )  # fmt: skip
 
 
 def gold(found: Found, name: str) -> str:
     return shown(found.numbers(name, *GOLD), bounds=False)
+
+
+def fell(found: Found, name: str) -> str:
+    """` (breaks down on 1 of 5 seeds)`, or nothing."""
+    seeds = len(broken(found, name))
+    return f" (breaks down on {seeds} of {len(found.seeds)} seeds)" if seeds else ""
 
 
 def answer_tau(found: Found) -> str:
@@ -508,7 +585,7 @@ def answer_tau(found: Found) -> str:
     if not set(names) <= found.runs.keys():
         return NOT_YET
     rest = "; ".join(
-        f"with {text} {gold(found, name)} (difference {shown(found.numbers(name, *GOLD) - found.numbers('dvpo', *GOLD))})"
+        f"with {text} {gold(found, name)}{fell(found, name)}, difference {shown(found.numbers(name, *GOLD) - found.numbers('dvpo', *GOLD))}"
         for name, text in names.items()
     )
     worse = [interval(found.numbers(name, *GOLD) - found.numbers("dvpo", *GOLD))[2] < 0 for name in names]
@@ -519,7 +596,7 @@ def answer_tau(found: Found) -> str:
         if not any(worse)
         else "not all tell the same"
     )
-    return f"For the policy {seen}: DVPO's gold reward is {gold(found, 'dvpo')} with τ of its own rollout; {rest}."
+    return f"For the policy {seen}: DVPO's gold reward is {gold(found, 'dvpo')} with τ of its own rollout{fell(found, 'dvpo')}; {rest}."
 
 
 def answer_2(found: Found) -> str:
@@ -551,14 +628,19 @@ def answer_breakdown(found: Found) -> str:
     }
     if not names.keys() <= found.runs.keys():
         return NOT_YET
-    fell = lambda name: f"{len(broken(found, name))} of {len(found.seeds)} seeds"
+    seeds = lambda name: f"{len(broken(found, name))} of {len(found.seeds)} seeds"
     worst = lambda name: f"{lowest(found, name).min():.2f}".replace("-", "−")
-    rest = ", ".join(f"with {text} on {fell(name)} ({worst(name)})" for name, text in names.items())
+    rest = ", ".join(f"with {text} on {seeds(name)} ({worst(name)})" for name, text in names.items())
+    other = ("dvpo_q_minus_v", "dvpo_q_start")
+    others = (
+        f" `gae` with λ = 0 breaks down on {seeds(other[0])}, `q` less V(s_1) on {seeds(other[1])}: there the answers end, but most are malformed."
+        if found.runs.keys() >= set(other)
+        else ""
+    )
     return (
         "What breaks down is the end of the answers: a policy finds that it need not end them and goes on behind the full stop until it is cut. That is malformed and costs "
         "all gold, but the frozen GVM has never read such a text, its value at the cut stays above the mean, and stands as the terminal one. It befell DVPO on "
-        f"{fell('dvpo')} (the lowest ten-step mean of gold: {worst('dvpo')}), {rest}. A standard deviation off the value at a cut, `--eos_penalty 1`, does not keep it from happening; what it changes is how "
-        f"deep and how long. Gold in the end: {shown(found.numbers('dvpo_eos_penalty', *GOLD))}, without it {shown(found.numbers('dvpo', *GOLD))}."
+        f"{seeds('dvpo')} (the lowest ten-step mean of gold: {worst('dvpo')}), {rest}; `--eos_penalty 1` takes a standard deviation off the value at a cut.{others}"
     )  # fmt: skip
 
 
@@ -567,8 +649,8 @@ def answer_ladder(found: Found) -> str:
         return NOT_YET
     lost = lambda one, other: shown(found.numbers(one, *GOLD) - found.numbers(other, *GOLD))
     return (
-        f"With the *exact* values of the SFT mixture, frozen, DVPO comes to {gold(found, 'dvpo_exact_q')}; with the learned GVM that is {lost('dvpo', 'dvpo_exact_q')}. PPO with the "
-        f"gold reward itself comes to {gold(found, 'ppo_gold')}; with the learned reward model that is {lost('ppo', 'ppo_gold')}. Exact values against the exact reward: "
+        f"With the *exact* values of the SFT mixture, frozen, DVPO comes to {gold(found, 'dvpo_exact_q')}; the learned GVM changes that by {lost('dvpo', 'dvpo_exact_q')}. PPO with the "
+        f"gold reward itself comes to {gold(found, 'ppo_gold')}; the learned reward model changes that by {lost('ppo', 'ppo_gold')}. Exact values less exact reward: "
         f"{lost('dvpo_exact_q', 'ppo_gold')}."
     )  # fmt: skip
 
@@ -578,20 +660,19 @@ def answer_advantages(found: Found) -> str:
     if not set(names) <= found.runs.keys():
         return NOT_YET
     rest = "; ".join(
-        f"{NAMES[name]} {gold(found, name)}, {word(found.numbers(name, *GOLD) - found.numbers('dvpo', *GOLD))} `gae`"
+        f"{NAMES[name]} {gold(found, name)}{fell(found, name)}, {word(found.numbers(name, *GOLD) - found.numbers('dvpo', *GOLD))} `gae`"
         for name in names
     )
-    return f"As policies: `gae` {gold(found, 'dvpo')}, the paper's `q` {gold(found, 'dvpo_q')}; {rest}."
+    return f"As policies: `gae` {gold(found, 'dvpo')}{fell(found, 'dvpo')}, the paper's `q` {gold(found, 'dvpo_q')}; {rest}."
 
 
 def answer_gradient(found: Found) -> str:
-    cosine = lambda name: shown(found.probed("gradient", name, "cosine"), bounds=False)
-    noise = lambda name: shown(found.probed("gradient", name, "noise"), 1, bounds=False)
+    at = lambda name, key, digits: shown(found.probed("gradient", name, key), digits, bounds=False)
+    both = lambda name: f"{at(name, 'cosine', 2)} and {at(name, 'noise', 1)}"
     return (
-        f"**Answer.** Steps of Q give by far the best gradient: Q − V of the GVM points where exact Q − V points (cosine {cosine('gvm_q_minus_v')}, noise over "
-        f"signal {noise('gvm_q_minus_v')}), `gae` less so ({cosine('gvm_gae')}, {noise('gvm_gae')}), the paper's `q` still less ({cosine('gvm_q')}, "
-        f"{noise('gvm_q')}); a whole response weighted by the reward model's score has {cosine('reward_rm')} and {noise('reward_rm')}, by the gold reward "
-        f"itself {cosine('reward_gold')} and {noise('reward_gold')}. That is what a value model is for."
+        f"**Answer.** The forms differ in noise more than in direction (cosine, and noise over signal of a batch of 32). With exact values: Q − V 1 by definition and "
+        f"{at('exact_q_minus_v', 'noise', 1)}, `gae` {both('exact_gae')}, the paper's `q` {both('exact_q')}. With the GVM's: Q − V {both('gvm_q_minus_v')}, `gae` {both('gvm_gae')}, `q` {both('gvm_q')}. "
+        f"A whole response weighted by the reward model's score has {both('reward_rm')}, by the gold reward itself {both('reward_gold')}."
     )  # fmt: skip
 
 
@@ -602,8 +683,37 @@ def answer_off(found: Found) -> str:
     least = min(rates, key=rates.get)
     level = [found.numbers("vcb", "kl").mean(), found.numbers(best, "kl").mean()]
     return (
-        f"**Answer.** VCB's gold reward is {against(found, 'vcb', best, *GOLD)}, the next best; their KLs are {level[0]:.1f} and {level[1]:.1f}. The lowest "
-        f"misalignment is {NAMES[least]}'s, {100 * rates[least]:.1f} % (VCB {100 * rates['vcb']:.1f} %)."
+        f"**Answer.** Of the off-policy methods VCB's gold reward is {against(found, 'vcb', best, *GOLD)}, the next best; their KLs are {level[0]:.1f} and {level[1]:.1f}. The lowest "
+        f"misalignment among them is {NAMES[least]}'s, {100 * rates[least]:.1f} % (VCB {100 * rates['vcb']:.1f} %).{off_at_matched_kl(found)}"
+    )  # fmt: skip
+
+
+def off_at_matched_kl(found: Found) -> str:
+    if any(len(family(found, name)) < 2 for name in CALIBRATED) or not levels(found, CALIBRATED):
+        return ""
+    said = []
+    for kl in levels(found, CALIBRATED):
+        gap = lambda name, kl=kl: matched(found, "vcb", kl, *GOLD) - matched(found, name, kl, *GOLD)
+        said.append(
+            f"at {kl:g} nats {' and '.join(f'{word(gap(name))} {NAMES[name]} ({shown(gap(name))})' for name in CALIBRATED[1:])}"
+        )
+    return f" Final policies at equal KL, between several γ: VCB's gold reward is {'; '.join(said)}."  # fmt: skip
+
+
+def answer_vcb(found: Found) -> str:
+    """What n, the choice of pairs and noise do."""
+    names = ("vcb_n_2", "vcb_n_4", "vcb_n_8", "vcb_full", "vcb_mean")
+    if not {*names, "vcb_noise_1", "dpo_noise_1", "rest_noise_1"} <= found.runs.keys():
+        return NOT_YET
+    sizes = ", ".join(f"{gold(found, name)} of {name.rpartition('_')[2]}" for name in names[:3])
+    other = lambda name: f"{gold(found, name)} ({shown(found.numbers(name, *GOLD) - found.numbers('vcb', *GOLD))})"
+    lost = "; ".join(
+        f"{NAMES[name]} {shown(found.numbers(f'{name}_noise_1', *GOLD) - found.numbers(name, *GOLD))}"
+        for name in ("vcb", "dpo", "rest")
+    )
+    return (
+        f"With fewer of the 16 responses to a prompt VCB's gold reward is {sizes}, {gold(found, 'vcb')} of all. Over all i ≠ j it is {other('vcb_full')}, with the mean in "
+        f"place of the log-sum-exp {other('vcb_mean')}. What noise of one standard deviation in the scores takes: {lost}."
     )  # fmt: skip
 
 
@@ -628,21 +738,42 @@ def answer_over(found: Found) -> str:
         for at in [np.mean(found.numbers(name, *GOLD))]
     }
     below = "; ".join(
-        f"{NAMES[name]} is {abs(gap):.2f} {'below' if gap < 0 else 'above'} it" for name, gap in within.items()
+        f"{NAMES[name]} is {abs(gap):.2f} {'below' if gap < 0 else 'above'} best of n" for name, gap in within.items()
     )
     return (
-        f"**Answer.** Within a run, a final gold reward below an earlier one while the proxy is above, both beyond their noise, is seen in {len(seen)} of {total} "
+        f"**Answer.** Within a run, a final gold reward below an earlier one while the proxy is above, gold beyond its noise, is seen in {len(seen)} of {total} "
         f"runs{' (' + ', '.join(seen) + ')' if seen else ''}. Best of {2 ** (len(best) - 1)} of the SFT policy has gold reward {best[-1, 1]:.2f} at a KL of "
-        f"{best[-1, 0]:.1f} at most; of the off-policy methods no further from SFT, {below}."
+        f"{best[-1, 0]:.1f} at most; at their own KL, where that is no greater, {below}.{over_by_coefficient(found)}"
     )  # fmt: skip
+
+
+def over_by_coefficient(found: Found) -> str:
+    """Whether the smallest coefficient's policy has more proxy and less gold than the method's own."""
+    out = []
+    for name in ("dvpo", "ppo", *CALIBRATED):
+        runs = family(found, name)
+        if len(runs) < 4:
+            return ""
+        gap = lambda *path, least=runs[0], name=name: found.numbers(least, *path) - found.numbers(name, *path)
+        kl = shown(found.numbers(runs[0], "kl"), 1, bounds=False)
+        out.append(f"{said(runs[0], True)} (KL {kl}): gold {shown(gap(*GOLD))}, proxy {shown(gap('proxy', 'mean'))}")
+    return f" Of the smallest coefficients, beside the method's own: {'; '.join(out)}."
 
 
 def answer_implicit(found: Found) -> str:
     at = lambda name, key: shown(found.probed("implicit", name, key), 1, True, False)
     length = lambda name: shown(found.probed("implicit", name, "length"), bounds=False)
+    gap = lambda *path: shown(found.numbers("dpo_length_penalty", *path) - found.numbers("dpo", *path))
+    there = "dpo_length_penalty" in found.runs
+    gap_of_order = shown(found.probed("implicit", "dpo", "gold") - found.probed("implicit", "rm", "gold"), 1, True)
+    penalised = (
+        f" With the length penalty answers differ by {gap('length')} tokens, gold reward by {gap(*GOLD)}."
+        if there
+        else ""
+    )
     return (
         f"**Answer.** DPO's implicit reward puts {at('dpo', 'gold')} of pairs in the gold order, VCB's {at('vcb', 'gold')}; the reward model that both learned "
-        f"from {at('rm', 'gold')}. A policy is a worse judge than its teacher. Its correlation with length is {length('dpo')} (the reward model's {length('rm')})."
+        f"from {at('rm', 'gold')}. DPO's less the reward model's: {gap_of_order}. The implicit reward's correlation with length is {length('dpo')}, the reward model's {length('rm')}.{penalised}"
     )  # fmt: skip
 
 
@@ -657,37 +788,40 @@ def answer_teachers(found: Found) -> str:
 
 def answer_baselines(found: Found) -> str:
     names = [name for name in ON[3:] if name in found.runs]
-    rest = "; ".join(f"{NAMES[name]} is {against(found, name, 'ppo', *GOLD)}" for name in names)
-    return f"**Answer.** At equal rollouts {rest}."
+    rest = "; ".join(f"{NAMES[name]}'s is {against(found, name, 'ppo', *GOLD)}" for name in names)
+    if "grpo" not in names:
+        return f"**Answer.** Gold reward at equal rollouts: {rest}."
+    kl = lambda name: shown(found.numbers(name, "kl"), 1, bounds=False)
+    gap = lambda level: at_kl(found, "grpo", level) - at_kl(found, "ppo", level)
+    early = "; ".join(f"{x:g} nats, {word(gap(x))} PPO's ({shown(gap(x))})" for x in (1.0, 2.0, 3.0))
+    return (
+        f"**Answer.** Gold reward at equal rollouts: {rest}. But GRPO ends at a KL of {kl('grpo')}, PPO at {kl('ppo')}; where rollouts first come to a KL of {early}."
+    )  # fmt: skip
 
 
 def claim_questions(found: Found) -> str:
     """README: what everyone asks first."""
     gap = lambda name: found.numbers(name, *GOLD) - found.numbers("ppo", *GOLD)
-    fell = len(broken(found, "dvpo"))
-    broke = f", and on {fell} of {len(found.seeds)} seeds it broke down on the way" if fell else ""
+    seeds = len(broken(found, "dvpo"))
+    broke = f", and on {seeds} of {len(found.seeds)} seeds it broke down on the way" if seeds else ""
     names = ("dvpo_no_tau_shown", "dvpo_no_tau", "dvpo_other_tau")
     worse = [interval(found.numbers(name, *GOLD) - found.numbers("dvpo", *GOLD))[2] < 0 for name in names]
     policy = "some" if any(worse) else "no"
-    first = lambda which: shown(found.numbers("gvm", which, "first3", "correlation"), bounds=False)
+    first = lambda name, which: shown(found.numbers(name, which, "first3", "correlation"), bounds=False)
+    all_ = lambda name, which: shown(found.numbers(name, which, "all", "correlation"), bounds=False)
     return (
         f"Does DVPO beat PPO? In the toy world its gold reward is {word(gap('dvpo'))} PPO's (difference {shown(gap('dvpo'))}){broke}; with the paper's `q` it is "
-        f"{word(gap('dvpo_q'))} PPO's. Is τ worth it? Over a response's first three tokens the values of the policies that τ shows correlate {first('right_tau')} with the "
-        f"exact ones, {first('no_tau')} with no τ; of the policy that is trained with them {policy} gain is seen."
+        f"{word(gap('dvpo_q'))} PPO's. Is τ worth it? Token values correlate {first('gvm', 'right_tau')} with the exact ones over a response's "
+        f"first three tokens, {first('gvm_no_tau', 'no_tau')} where a GVM was trained without; over all tokens {all_('gvm', 'right_tau')} against {all_('gvm_no_tau', 'no_tau')}. In the policy "
+        f"trained on these values {policy} gain from τ is seen."
     )  # fmt: skip
 
 
 def claims(found: Found) -> str:
     """The findings in short, at the head of EXPERIMENTS.md."""
-    return "\n".join(
-        f"- {text}"
-        for text in (
-            answer_ppo(found).removeprefix("**Answer.** "), answer_off(found).removeprefix("**Answer.** "),
-            answer_values(found).removeprefix("**Answer.** "), answer_moved(found), answer_gradient(found).removeprefix("**Answer.** "),
-            answer_tau(found), answer_ladder(found), answer_advantages(found),
-            answer_baselines(found).removeprefix("**Answer.** "), answer_over(found).removeprefix("**Answer.** "),
-        )
-    )  # fmt: skip
+    answers = (answer_values(found), answer_moved(found), answer_tau(found), answer_ppo(found), answer_gradient(found), answer_off(found),
+               answer_over(found), answer_teachers(found), answer_baselines(found))  # fmt: skip
+    return "\n".join(f"- {text.removeprefix('**Answer.** ')}" for text in answers)
 
 
 def _dig(row, path):
@@ -698,32 +832,30 @@ def _dig(row, path):
 
 ON = ("dvpo", "dvpo_q", "ppo", "remax", "rloo", "grpo", "reinforce++")
 OFF = ("vcb", "dpo", "ipo", "slic", "rrhf", "rest")
+CALIBRATED = ("vcb", "dpo", "ipo")  # those that gamma moves along KL
 FULL = ("gold reward", "proxy (RM)", "KL to SFT", "malformed", "misaligned", "misaligned (gold)", "tokens", "EAD")
 
 
 def later(toy: Found, report: dict | None) -> str:
     """A*-PO and online DPO: of a file of their own, made at another commit, until all runs are made anew."""
-    names = ("astar", "astar_once", "online_dpo")
-    if set(names) <= toy.runs.keys() or report is None:
-        return policies(toy, names, FULL)
-    tried = "; ".join(
-        f"{NAMES[name]}, β {best['kl_coef']} at {best['learning_rate']}"
-        for name, rows in report["tuning"].items() for best in rows if best["chosen"]
-    )  # fmt: skip
-    of = Found(report)
+    names, note = ("astar", "astar_once", "online_dpo"), ""
+    of = toy if set(names) <= toy.runs.keys() or report is None else Found(report)
+    if not set(names) <= of.runs.keys():
+        return NOT_YET
     own = {name: of.numbers(name, *GOLD) for name in names}
     sft = toy.numbers("sft", *GOLD)
     worse = lambda name: f"{int((own[name] < sft).sum())} of {len(sft)} seeds"
     gap = own["online_dpo"] - toy.numbers("ppo", *GOLD)
+    if of is not toy:
+        tried = "; ".join(
+            f"{NAMES[name]}, β {best['kl_coef']} at {best['learning_rate']}"
+            for name, rows in report["tuning"].items() for best in rows if best["chosen"]
+        )  # fmt: skip
+        note = f" From commit {report['code']}; six settings each on seed 0, chosen by the rule above: {tried}. A*-PO with one update keeps those of four."
     return (
         f"{policies(of, names, FULL)}\n\nA*-PO ends below the SFT policy's gold reward on {worse('astar')} with four updates a rollout, on {worse('astar_once')} with one. "
-        f"Online DPO's gold reward is {word(gap)} PPO's (difference {shown(gap)}). From commit {report['code']}; six settings each on seed 0, chosen by the rule "
-        f"above: {tried}. A*-PO with one update keeps those of four."
+        f"Online DPO's gold reward is {word(gap)} PPO's (difference {shown(gap)}).{note}"
     )  # fmt: skip
-
-
-def gammas(found: Found) -> list[str]:
-    return sorted(name for name in found.runs if "_gamma_" in name)
 
 
 def tables() -> dict[str, callable]:
@@ -763,11 +895,14 @@ def tables() -> dict[str, callable]:
             "advantages": lambda: policies(
                 toy, ("dvpo", "dvpo_lam_1", "dvpo_q_minus_v", "dvpo_q", "dvpo_q_position", "dvpo_q_start", "dvpo_released"), against="dvpo"
             ),
-            "off_policy": lambda: policies(toy, (*OFF, *gammas(toy)), FULL),
+            "gammas": lambda: policies(toy, [run for name in CALIBRATED for run in family(toy, name)], FULL, full=True),
+            "matched": lambda: at_matched_kl(toy, CALIBRATED),
+            "matched_all": lambda: all_at_matched_kl(toy, CALIBRATED),
             "off_equal_kl": lambda: equal_kl(toy, OFF, (0.5, 1.0, 1.5, 2.0)),
             "vcb": lambda: policies(toy, ("vcb", "vcb_n_2", "vcb_n_4", "vcb_n_8", "vcb_full", "vcb_mean"), FULL, against="vcb"),
             "later": lambda: later(toy, load("later") if "later" in there else None),
-            "betas": lambda: policies(toy, sorted(n for n in toy.runs if "_beta_" in n), ("gold reward", "proxy (RM)", "KL to SFT", "malformed")),
+            "betas": lambda: policies(toy, [run for name in ("dvpo", "ppo") for run in family(toy, name)], ("gold reward", "proxy (RM)", "KL to SFT", "malformed"), full=True),
+            "matched_betas": lambda: at_matched_kl(toy, ("dvpo", "ppo")),
             "noise": lambda: policies(toy, ("vcb", "vcb_noise_1", "dpo", "dpo_noise_1", "rest", "rest_noise_1"), FULL),
             "length": lambda: policies(toy, ("sft", "dpo", "dpo_length_penalty"), ("gold reward", "tokens", "KL to SFT"), against="dpo"),
         }  # fmt: skip
@@ -779,7 +914,7 @@ def tables() -> dict[str, callable]:
             made |= {
                 "answer_1": lambda: f"{answer_values(toy)}\n\n{answer_moved(toy)}\n\n{answer_tau(toy)}", "answer_2": lambda: answer_2(toy),
                 "answer_3": lambda: f"{answer_ppo(toy)}\n\n{answer_breakdown(toy)}\n\n{answer_ladder(toy)}",
-                "answer_4": lambda: f"{answer_gradient(toy)}\n\n{answer_advantages(toy)}", "answer_5": lambda: answer_off(toy), "answer_6": lambda: answer_over(toy),
+                "answer_4": lambda: f"{answer_gradient(toy)}\n\n{answer_advantages(toy)}", "answer_5": lambda: f"{answer_off(toy)}\n\n{answer_vcb(toy)}", "answer_6": lambda: answer_over(toy),
                 "answer_7": lambda: answer_implicit(toy), "answer_8": lambda: answer_teachers(toy),
                 "answer_9": lambda: answer_baselines(toy), "claims": lambda: claims(toy), "claim_questions": lambda: claim_questions(toy),
                 "gradients": lambda: gradients(toy), "teachers": lambda: teachers(toy), "moved": lambda: moved(toy),

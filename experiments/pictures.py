@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import report
 from experiments import page
-from experiments.page import OFF, ON, Found, gammas, interval
+from experiments.page import CALIBRATED, OFF, ON, Found, family, interval
 
 DOCS = page.ROOT / "docs"
 SAID = {"right_tau": "τ of the writer", "other_tau": "τ of another", "no_tau_shown": "none shown", "trained_without": "trained without τ",
@@ -29,7 +29,7 @@ def seeds_of(found: Found) -> str:
 
 
 def plain(name: str) -> str:
-    return page.NAMES.get(name, name).replace("`", "")
+    return page.said(name).replace("`", "")
 
 
 def band(axis, x, rows, look, label: str, every: int = 0, smooth: bool = False):
@@ -128,6 +128,29 @@ def draw_frontier(found: Found, names, ink: str) -> Figure:
     )
 
 
+def draw_coefficients(found: Found, ink: str) -> Figure:
+    """Final policies of one coefficient each, gold reward against KL: a line a method."""
+    figure = Figure((10, 4.4), layout="constrained")
+    axes, look = figure.subplots(1, 2, sharey=True), report.looks([*CALIBRATED, "dvpo", "ppo"])
+    best = [found.runs["sft"][str(seed)]["best_of_n"] for seed in found.seeds]
+    axes[0].plot(*np.mean([[(row["kl"], row["gold"]) for row in some] for some in best], 0).T, color=ink, linestyle=":", label="best of n")  # fmt: skip
+    for axis, names in zip(axes, (CALIBRATED, ("dvpo", "ppo")), strict=True):
+        for name in (name for name in names if len(family(found, name)) > 1):
+            colour, marker, line = look[name]
+            x, y = (
+                np.array([found.numbers(run, *path) for run in family(found, name)]) for path in (("kl",), page.GOLD)
+            )
+            axis.plot(x, y, ".", color=colour, alpha=0.45, markersize=4)
+            axis.plot(x.mean(1), y.mean(1), color=colour, marker=marker, linestyle=line, label=plain(name))
+            for run, *at in zip(family(found, name), x.mean(1), y.mean(1), strict=True):
+                value = page.OWN[name][1] if run == name else run.rpartition("_")[2]
+                axis.annotate(value, at, (4, -11), textcoords="offset points", fontsize=7.5, color=colour)
+    axes[0].set_ylabel("gold reward, held-out prompts")
+    below = "KL to the SFT policy, nats a response"
+    note = f"final policies, means of {seeds_of(found)}; small dots are single seeds, numbers the coefficients"
+    return finish(figure, axes, [("off-policy, by γ", below), ("on-policy, by β", below)], ink, note, 6)
+
+
 def draw_values(found: Found, ink: str) -> Figure:
     """Left: error of token values by position. Right: what the frozen GVM still knows of DVPO's policy as it moves."""
     figure = Figure((10, 4.6), layout="constrained")
@@ -193,7 +216,6 @@ GROUPS = {
     },
     "off_policy": {
         "VCB paper's methods": OFF,
-        "γ": (),
         "responses to a prompt, pairs": ("vcb_n_2", "vcb_n_4", "vcb_n_8", "vcb", "vcb_full", "vcb_mean"),
         "noise of one standard deviation in the scores": ("vcb_noise_1", "dpo_noise_1", "rest_noise_1"),
         "length": ("dpo", "dpo_length_penalty"),
@@ -259,8 +281,9 @@ def pictures(found: Found) -> dict:
         made["learning_curve"] = (draw_curves, found, there(("dvpo", "dvpo_q", "ppo")))
         made["learning_curves"] = (draw_curves, found, there(ON))
         made["frontier"] = (draw_frontier, found, [name for name in there((*ON, *OFF)) if points(found, name)])
+    if any(len(family(found, name)) > 1 for name in (*CALIBRATED, "dvpo", "ppo")):
+        made["coefficients"] = (draw_coefficients, found)
     for name, groups in GROUPS.items():
-        groups = groups | ({"γ": gammas(found)} if "γ" in groups else {})
         groups = {title: some for title, names in groups.items() if len(some := there(names)) > 1}
         if groups:
             made[name] = (draw_dots, found, groups)

@@ -33,7 +33,7 @@ from experiments import measure
 TEXTS = 96  # of a policy, each with three places to go on from
 CONTINUED = 16  # continuations from a place; half for the truth, half for what a reward model makes of them
 DRAWN = 256  # texts that a snapshot's KL is measured on
-BATCH, BATCHES = 32, 16  # responses in a gradient, gradients
+BATCH, BATCHES = 32, 32  # responses in a gradient, gradients
 
 
 def correlation(x, y) -> float | None:
@@ -156,8 +156,8 @@ def tokens(bench) -> list[dict]:
     return kept
 
 
-def weights(bench, rows) -> dict:
-    """Advantage -> (B, T): all of dvpo.py's forms on the GVM's values, the exact ones, and rewards without any value."""
+def weights(bench, rows) -> tuple[dict, torch.Tensor]:
+    """(advantage -> (B, T), mask (B, T)): all of dvpo.py's forms on the GVM's values, the exact ones, and rewards without any value."""
     width = max(len(row[2]) for row in rows)
     mask = torch.arange(width) < torch.tensor([len(row[2]) for row in rows])[:, None]
     filled = lambda values: torch.tensor(np.stack([np.pad(v, (0, width + 1 - len(v))) for v in values])).float()
@@ -182,37 +182,49 @@ def weights(bench, rows) -> dict:
 
 
 def gradient(bench) -> dict:
-    """advantage -> {noise: tr Cov of a batch's gradient / squared length of the mean, cosine: of the mean gradient with the one
-    of exact Q - V}. Lengths without bias: products of different batches."""
+    """advantage -> {noise: tr Cov of a batch's gradient / squared length of its expectation, cosine: of the expectation with that of
+    exact Q - V}. Both from products of different batches, so that noise has no part in either; an estimated cosine may pass 1."""
     rows = drawn(bench, bench.reference, BATCH * BATCHES, 11)
     form, mask = weights(bench, rows)
     module = bench.reference.writer.module
     parameters = list(module.parameters())
     for p in parameters:
         p.requires_grad_(True)
-    sums, squares = {}, {name: 0.0 for name in form}
+    sums, squares, crossed = {}, dict.fromkeys(form, 0.0), dict.fromkeys(form, 0.0)
     for at in range(0, len(rows), BATCH):
         some = [(row[1], row[2]) for row in rows[at : at + BATCH]]
         logp = module(sft.collate(some, bench.tokenizer.pad_token_id, bench.reference.device))
-        width = logp.shape[1]
+        width, flat = logp.shape[1], {}
         for name, weight in form.items():
             loss = -(logp * weight[at : at + BATCH, :width]).sum() / mask[at : at + BATCH].sum()
             found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            flat = torch.cat([g.flatten() for g in found if g is not None]).double()
-            sums[name] = sums.get(name, 0) + flat
-            squares[name] += float(flat @ flat)
+            flat[name] = torch.cat([g.flatten() for g in found if g is not None]).double()
+        for name, one in flat.items():
+            sums[name] = sums.get(name, 0) + one
+            squares[name] += float(one @ one)
+            crossed[name] += float(one @ flat[BEST])
     for p in parameters:
         p.requires_grad_(False)
-    out, k = {}, BATCHES
-    best = sums["exact_q_minus_v"]
-    for name, total in sums.items():
-        signal = (float(total @ total) - squares[name]) / (k * (k - 1))  # mean product of two different batches
-        noise = squares[name] / k - signal
-        out[name] = {
-            "noise": noise / signal if signal > 0 else None,
-            "cosine": float(total @ best / total.norm() / best.norm()),
+    return directions(sums, squares, crossed, BATCHES)
+
+
+BEST = "exact_q_minus_v"
+
+
+def directions(sums, squares, crossed, k: int) -> dict:
+    """From k batches: sums of gradients, of their squared lengths, of their products with BEST's of the same batch."""
+    apart = lambda name, other, same: (
+        (float(sums[name] @ sums[other]) - same) / (k * (k - 1))
+    )  # mean product of two batches
+    signal = {name: apart(name, name, squares[name]) for name in sums}
+    cosine = lambda name: apart(name, BEST, crossed[name]) / (signal[name] * signal[BEST]) ** 0.5
+    return {
+        name: {
+            "noise": (squares[name] / k - x) / x if x > 0 else None,
+            "cosine": cosine(name) if x > 0 and signal[BEST] > 0 else None,
         }
-    return out
+        for name, x in signal.items()
+    }
 
 
 def implicit(bench) -> dict:

@@ -11,8 +11,10 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dpo
 import dvpo
 import toy
+import vcb
 from eval import demo
 from experiments import measure, page, pictures, policies, probes, run, sentiment, variants
 
@@ -94,6 +96,33 @@ def test_gold_at_a_kl_lies_between_the_snapshots_and_never_beyond_the_last():
         [1.0]
     )
     assert np.isnan(page.at_kl(found, "dvpo", 3.5)).all()
+
+
+def test_final_policies_are_compared_at_equal_kl_and_only_where_all_seeds_reach_it():
+    row = lambda kl, gold: {"kl": kl, "gold": {"mean": gold}}
+    runs = {
+        "vcb_gamma_0.5": {"0": row(1.0, 0.2), "1": row(1.2, 0.2)},
+        "vcb": {"0": row(2.0, 0.4), "1": row(2.2, 0.6)},
+        "vcb_gamma_0.15": {"0": row(3.0, 1.0), "1": row(2.8, 1.0)},
+        "vcb_n_2": {"0": row(9.0, 9.0), "1": row(9.0, 9.0)},
+    }
+    found = page.Found({"seeds": [0, 1], "code": "", "runs": runs})
+    assert page.family(found, "vcb") == ["vcb_gamma_0.15", "vcb", "vcb_gamma_0.5"]
+    assert page.matched(found, "vcb", 1.5, *page.GOLD) == pytest.approx([0.3, 0.2 + 0.3 / 1.0 * 0.4])
+    assert np.isnan(page.matched(found, "vcb", 2.9, *page.GOLD)).tolist() == [False, True]
+    assert page.levels(found, ["vcb"]) == [1.5, 2.0, 2.5] and "–" in page.at_matched_kl(found, ["vcb"])
+    assert (
+        page.said("vcb_gamma_0.5") == "VCB, γ 0.5"
+        and page.said("vcb", True) == "VCB, γ 0.25"
+        and page.said("vcb") == "VCB"
+    )
+
+
+def test_coefficients_that_the_page_says_are_those_of_the_runs():
+    toys = {"vcb": vcb.Args().gamma, **{name: dpo.GAMMA[name][0] for name in ("dpo", "ipo")}}
+    assert all("--gamma" not in run.OFF_POLICY[name] for name in toys)
+    on = {name: run.CHOSEN[name][0] for name in ("dvpo", "ppo")}
+    assert {name: float(value) for name, (_, value) in page.OWN.items()} == toys | {k: float(v) for k, v in on.items()}
 
 
 def test_a_table_between_its_marks_is_made_anew_and_the_rest_stays():
