@@ -10,7 +10,7 @@ demo:  ## sft -> gvm -> dvpo, and sft -> rm -> samples -> vcb -> report, on a la
 	if [ -e $(DEMO) ]; then mv $(DEMO) $(DEMO).$$(date +%Y%m%d-%H%M%S); fi
 	$(MAKE) $(DEMO)/report.html
 
-$(DEMO)/report.html: .venv/done
+$(DEMO)/report.html: | .venv/done
 	$(PY) sft.py $(RUN)/sft
 	$(PY) gvm.py $(RUN)/gvm --model $(SFT)
 	$(PY) dvpo.py $(RUN)/dvpo --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20
@@ -20,7 +20,7 @@ $(DEMO)/report.html: .venv/done
 	$(PY) eval/demo.py $(DEMO)
 	$(PY) eval/report.py $(DEMO)
 
-demo-all: $(DEMO)/report.html  ## of the demo that is there, or a new one: and the other advantages of DVPO, a GVM without tau, and every baseline
+demo-all: $(DEMO)/report.html  ## to the demo (made if it is not there) adds DVPO's other advantages, a GVM without tau and the main baselines
 	$(PY) dvpo.py $(RUN)/dvpo_q --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20 --advantage q
 	$(PY) dvpo.py $(RUN)/dvpo_q_minus_v --policy $(SFT) --gvm $(DEMO)/gvm/final --snapshot_every 20 --lam 0
 	$(PY) gvm.py $(RUN)/gvm_no_tau --model $(SFT) --tau_pairs 0

@@ -12,7 +12,7 @@ Delta = [log pi(y_w) - log pi_sft(y_w)] - [log pi(y_l) - log pi_sft(y_l)], and p
     rrhf   sum over r_i > r_j of max(0, p_j - p_i) + c CE(best)           Yuan et al. 2023              `rrhf_loss`
     kto    w (1 - sigmoid(+-gamma (log [pi(y) / pi_sft(y)] - z0)))        Ethayarajh et al. 2024, eq. 8      `kto_loss`
 
-What differs from vcb.py, its sibling: only the *order* of rewards is used. SLiC, RRHF, SimPO and ORPO know no
+What differs from vcb.py, its sibling: only the *order* of rewards is used (KTO: the side of their mean). SLiC, RRHF, SimPO and ORPO know no
 reference: its log-probs, read once before the first step, are for what is logged alone. SLiC, RRHF and ORPO have a
 cross-entropy instead, here the mean over the tokens of the chosen (RRHF: best) response, since data drawn from the
 model hold no other target; SimPO has nothing in its place, and a small learning rate alone keeps it near its start.
@@ -31,7 +31,7 @@ IPO has two readings. `--length_normalize no` (and auto): Delta is of whole resp
 for a gap of 1 / (2 gamma) nats in all. `yes`: log-ratios are means over tokens, as its authors later told TRL, which
 has averaged since, so that the pull to the reference does not depend on length; gamma then asks for 1 / (2 gamma) nats
 *per token*, and the same pull on responses of T tokens needs a gamma T times as large. The first is the default: it is
-the loss of eq. 17, whose theory is of the probabilities of responses, and a mean over tokens is the log of none.
+the loss of eq. 17, whose theory is about probabilities of whole responses; a mean over tokens is not the log of one.
 
 Pairs are made of graded rows (`--pair_selection`), or given as `prompt, chosen, rejected`. --length_penalty is the
 length-regularised DPO of Park et al. 2024. `--eval_data` tells how many held-out pairs the implicit reward gamma log(pi /
@@ -88,9 +88,9 @@ from kernels import head_name, hidden_states, logit_gap, model_class, packing_ga
 @dataclass
 class Args:
     policy: str = "runs/sft/final"
-    """the policy to optimise, who drew the responses: a Hugging Face folder or hub name with a chat template"""
+    """the policy to optimise, which drew the responses: a Hugging Face folder or hub name with a chat template"""
     reference: str = ""
-    """the frozen reference, gone once its log-probs are known; default: the starting policy"""
+    """the frozen reference, freed once its log-probs are computed; default: the starting policy"""
     data: str = "runs/sample/graded.jsonl"
     """graded rows from sample.py or pairs `prompt, chosen, rejected`: a file or a hub name; several, comma-separated"""
     split: str = "train"
@@ -100,7 +100,7 @@ class Args:
     output_dir: str = "runs/dpo"
     """the run's folder: args.json, metrics.jsonl, ref_logp.json, checkpoints/, final/"""
     seed: int = 0
-    """seed of data order and dropout"""
+    """seed of data order and of LoRA's initial weights"""
     n: int = 0
     """take the first n responses of a row; 0 takes all"""
     loss: Literal["dpo", "ipo", "slic", "rrhf", "simpo", "orpo", "kto"] = "dpo"
@@ -125,8 +125,8 @@ class Args:
     nll_coef: float = 1.0
     """c, the weight of the cross-entropy of slic and rrhf"""
     length_normalize: Literal["auto", "yes", "no"] = "auto"
-    """divide log-ratios (slic, rrhf, simpo, orpo: log-probs) by the response's length; auto: rrhf, simpo and orpo do, as
-    their authors, the others do not; of ipo's two readings, above, it is the paper's"""
+    """divide log-ratios (slic, rrhf, simpo, orpo: log-probs) by the response's length; auto: yes for rrhf, simpo and
+    orpo, as in their papers, no for the others (for ipo the paper's reading, see above)"""
     length_penalty: float = 0.0
     """alpha of length-regularised DPO: adds alpha (|y_w| - |y_l|) to gamma Delta"""
     epochs: int = 2
@@ -136,7 +136,7 @@ class Args:
     learning_rate: float = 1e-3
     """peak learning rate of AdamW, linear to zero"""
     warmup_steps: int = 10
-    """steps of linear warm-up (paper: 500)"""
+    """steps of linear warm-up"""
     max_grad_norm: float = 1.0
     """gradient clipping by global norm; 0 turns it off"""
     batch_size: int = 8
@@ -144,7 +144,7 @@ class Args:
     micro_tokens: int = 4096
     """tokens per forward pass on one rank; a longer sequence is a pass of its own"""
     padding: bool = False
-    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
+    """one padded sequence per row instead of packed rows: for families that cannot keep packed sequences apart"""
     max_prompt_tokens: int = 64
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 48
@@ -198,16 +198,16 @@ GAMMA = {  # where --gamma is 0: in the toy world, and for any other model; rrhf
     "kto": (1.0, 0.1),
 }  # fmt: skip
 REFERENCE_FREE = ("slic", "rrhf", "simpo", "orpo")
-OF_ONE_LOSS = {"length_penalty": "dpo", "label_smoothing": "dpo", "simpo_margin": "simpo", "orpo_lambda": "orpo",
-               "desirable_weight": "kto", "undesirable_weight": "kto"}  # fmt: skip
+OF_ONE_LOSS = {"length_penalty": "dpo", "label_smoothing": "dpo", "margin": "slic", "simpo_margin": "simpo",
+               "orpo_lambda": "orpo", "desirable_weight": "kto", "undesirable_weight": "kto"}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- the mathematics
 
 
 def log_odds(logp):
-    """log(p / (1 - p)) of log p <= 0, any shape. 1 - p is not taken of a rounded p, and p = 1 counts as a number just
-    below, without a gradient, so that nothing is infinite."""
+    """log(p / (1 - p)) of log p <= 0, any shape. 1 - p comes from expm1, not from a rounded p; log p = 0 is moved just
+    below 0 and gets no gradient, so that nothing is infinite."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     return logp - torch.log(-torch.expm1(logp))
 
@@ -303,9 +303,8 @@ def ranked_right(values, rewards) -> tuple[int, int]:
 # Copied from vcb.Group
 @dataclass
 class Group:
-    """A prompt with its responses: (prompt ids, response ids) each, their rewards, and the reference's log-probs."""
+    """A prompt's responses: (prompt ids, response ids) each, their rewards, and the reference's log-probs."""
 
-    prompt: str | list[dict]
     rows: list[tuple[list[int], list[int]]]
     rewards: list[float]
     ref_logp: list[float] = dataclasses.field(default_factory=list)
@@ -345,12 +344,12 @@ def load_groups(tokenizer, args, name: str, split: str, pairs_too: bool = False)
         if not pairs_too and "responses" not in row:
             raise ValueError("no field responses: graded rows are needed, `python sample.py` writes them")
         prompt, responses, scores = encode_graded(tokenizer, row, args)
-        some = slice(getattr(args, "n", 0) or None)
-        return [(row["prompt"], prompt, responses[some], scores[some])]
+        some = slice(args.n or None)
+        return [(prompt, responses[some], scores[some])]
 
     found = [
-        Group(prompt, [(ids, array("i", response)) for response in responses], scores)
-        for prompt, ids, responses, scores in load_data(args, "graded", group, name, split)
+        Group([(ids, array("i", response)) for response in responses], scores)
+        for ids, responses, scores in load_data(args, "graded", group, name, split)
     ]
     groups = [group for group in found if len(group.rows) > 1]
     if not groups:
@@ -370,7 +369,7 @@ def sequence_logps(policy, rows, pad_token_id: int, args, rank: int, world: int,
             some = [(*row, i) for i, row in enumerate(rows[at : at + 1024])]
             logps = torch.zeros(len(some), device=device)
             for micro in micro_batches(some, rank, world, args)[0]:
-                index = torch.tensor([i for *_, i in micro], device=device)
+                index = torch.tensor([i for *_, i in micro]).to(device, non_blocking=True)
                 logps.index_add_(0, index, policy(collate(micro, pad_token_id, device, args)).sum(1))
             found += all_sum(logps).tolist()
     return found
@@ -414,8 +413,8 @@ def add_reference(groups, policy, run, tokenizer, args, rank: int, world: int, d
     else:
         logps = sequence_logps(policy, rows, tokenizer.pad_token_id, args, rank, world, device)
         if rank == 0:
-            path.with_suffix(".part").write_text(json.dumps({"data": data, "logps": logps}))
-            path.with_suffix(".part").rename(path)
+            with writing(path):
+                replace(path, path.with_suffix(".part"), json.dumps({"data": data, "logps": logps}))
     logps = iter(logps)
     for group in groups:
         group.ref_logp = [next(logps) for _ in group.rows]
@@ -436,12 +435,13 @@ def mismatched(batch: list[Group], data: list[Group]) -> list[tuple[list[int], l
 def padded(lists, device, fill: float = 0.0):
     """(B, n) fp32 of lists of different lengths."""
     width = max(map(len, lists))
-    return torch.tensor([[*x, *[fill] * (width - len(x))] for x in lists], device=device)
+    table = torch.tensor([[*x, *[fill] * (width - len(x))] for x in lists], dtype=torch.float32)
+    return table.to(device, non_blocking=True)
 
 
 # Copied from vcb.group_sizes
 def group_sizes(row) -> list[int]:
-    """What micro_batches deals by: the tokens of each response of a (_, _, group) row, with its prompt."""
+    """`sizes` for micro_batches: the lengths of a (_, _, group) row's sequences, prompt and response, in tokens."""
     return [len(prompt) + len(response) for prompt, response in row[2].rows]
 
 
@@ -455,11 +455,10 @@ def policy_logps(engine, micro, tokenizer, args, device):
     where = torch.arange(int(counts.max())) < counts[:, None]
     batch = collate([row for group in groups for row in group.rows], tokenizer.pad_token_id, device, args)
     logp = engine(batch).sum(1)
-    logp = logp.new_zeros(where.numel()).index_copy(0, where.flatten().nonzero()[:, 0].to(device), logp)
-    return logp.view(where.shape), (where & real[:, None]).to(device), groups
-
-
-# -------------------------------------------------------------------------------------------------------------- reward
+    logp = logp.new_zeros(where.numel()).index_copy(
+        0, where.flatten().nonzero()[:, 0].to(device, non_blocking=True), logp
+    )
+    return logp.view(where.shape), (where & real[:, None]).to(device, non_blocking=True), groups
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -482,14 +481,14 @@ def traced(args, world: int):
     """The settings of --trace: a run that leaves no files."""
     if world > 1:
         stop("--trace is for one process: start it without torchrun")
-    found = dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+    found = dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False, report_to="")
     found.settings = getattr(args, "settings", "as in the code")
     return found
 
 
 # Copied from vcb.held_out_logps
 def held_out_logps(engine, groups, tokenizer, args, rank: int, world: int, device) -> list[list[float]]:
-    """log pi(y|x) of each group's responses, by the policy as it is, without dropout."""
+    """log pi(y|x) of each group's responses, by the policy as it is now."""
     engine.module.eval()
     rows = [row for group in groups for row in group.rows]
     found = iter(sequence_logps(engine, rows, tokenizer.pad_token_id, args, rank, world, device))
@@ -547,24 +546,23 @@ def train(args: Args) -> Path:
     reference = load_reference(tokenizer, args, device)
     run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "accuracy"), best="eval_accuracy")
     policy.eval()
-    order_of = functools.lru_cache(1)(lambda epoch: shuffled(len(groups), args.seed, epoch))
 
     def step_groups(step):
         at = (step % per_epoch) * args.batch_size
-        return [groups[i] for i in order_of(step // per_epoch)[at : at + args.batch_size]]
+        return [groups[i] for i in shuffled(len(groups), args.seed, step // per_epoch)[at : at + args.batch_size]]
 
     crossed = []
     if args.loss == "kto":
         every = [side for q in groups for side in desirability(q.rewards)]
         if rank == 0:
             print(f"kto: {every.count(1)} desirable responses, {every.count(-1)} undesirable, {every.count(0)} neither")
-        crossed = [Group("", mismatched(step_groups(step), groups), []) for step in range(total)]
-    add_reference(groups + held_out + crossed, reference or engine, run, tokenizer, args, rank, world, device)
+        crossed = [Group(mismatched(step_groups(step), groups), []) for step in range(total)]
+    scored = step_groups(0) + crossed[:1] if args.trace else groups + held_out + crossed
+    add_reference(scored, reference or engine, run, tokenizer, args, rank, world, device)
     del reference
-    torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
-    look = functools.lru_cache(1)(  # once for a number of updates: the last step's is the closing one
+    look = functools.lru_cache(1)(  # the closing look is the last step's own, where that had one
         lambda updates: held_out_order(engine, held_out, tokenizer, args, rank, world, device)
     )
     for step in range(run.step, total):
@@ -585,10 +583,10 @@ def train(args: Args) -> Path:
         for micro in micros:
             logp, mask, asked = policy_logps(engine, micro, tokenizer, args, device)
             ref_logp, reward = (padded([getattr(q, x) for q in asked], device) for x in ("ref_logp", "rewards"))
-            length = padded([[len(r) for _, r in q.rows] for q in asked], device, 1).float()
+            length = padded([[len(r) for _, r in q.rows] for q in asked], device, 1)
             there = [k for k, (_, real, _) in enumerate(micro) if real]  # the others only fill the batch
             index = [(k, i, j) for k in there for i, j in select_pairs(asked[k].rewards, selection)]
-            k, better, worse = torch.tensor(index, dtype=torch.long, device=device).view(-1, 3).unbind(1)
+            k, better, worse = torch.tensor(index, dtype=torch.long).to(device, non_blocking=True).view(-1, 3).unbind(1)
             if args.loss == "rrhf":
                 losses = rrhf_loss(logp, length, reward, mask, length_normalize=normalize, nll_coef=args.nll_coef)
                 loss = losses.sum() / len(batch)
@@ -652,7 +650,7 @@ def main(argv=None):
 
 
 # Copied from sft.BOUNDS
-BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean something; any other number is 0 or more
+BOUNDS = {  # (lowest, highest); a lower default is allowed too, as -1 and 0 often mean something. Others: 0 or more
     **dict.fromkeys(("steps", "epochs", "batch_size", "rollout_batch_size", "ppo_epochs", "n", "best_of"), (1, math.inf)),
     **dict.fromkeys(("micro_tokens", "max_prompt_tokens", "max_response_tokens", "max_skipped"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "critic_learning_rate", "gamma", "temperature", "clip", "kl_horizon"), (1e-12, math.inf)),
@@ -823,7 +821,7 @@ def by_deepspeed(args) -> bool:
 
 # Copied from sft.all_sum
 def all_sum(x):
-    """Sum over ranks, for logging."""
+    """Sum over ranks, in place; x as it is without several."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -840,6 +838,7 @@ def gather_lists(lists: list, world: int) -> list:
 
 
 # Copied from sft.shuffled
+@functools.lru_cache(1)  # one order serves all steps of an epoch
 def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
@@ -929,10 +928,10 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
                     found.append(("", f"{source} row {numbers[i] + 1}: {why}"[:1000]))
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
-        several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
+        several = os.cpu_count() if len(raw) > 20000 else None
         try:
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
-                            num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+                            num_proc=several, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
             why = error if isinstance(error, OSError) else error.__context__
             if not isinstance(why, OSError):
@@ -1025,6 +1024,7 @@ def canonical(row: dict) -> dict:
         whole = lambda i: row["responses"][i].get("complete") is not False
         best = max(range(len(scores)), key=lambda i: (scores[i] is not None, whole(i), scores[i] or 0))
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
+        row |= {} if whole(best) else {"complete": False}
     return row
 
 
@@ -1035,8 +1035,8 @@ def as_messages(prompt) -> list[dict]:
     text = lambda m: isinstance(m, dict) and all(isinstance(m.get(field), str) for field in ("role", "content"))
     if not chat or not isinstance(chat, list) or not all(map(text, chat)):
         raise ValueError("field prompt is missing, or neither a string nor a list of {role, content} messages")
-    if not any(m["content"].strip() for m in chat):
-        raise ValueError("field prompt is empty")
+    if not any(m["content"].strip() for m in chat if m["role"] != "system"):
+        raise ValueError("field prompt is empty, or has a system message only")
     return chat
 
 
@@ -1129,7 +1129,7 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor | None  # (B, L), from 0 in each sequence; None where each has a row
     predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
     target: torch.Tensor  # (N,) those response tokens
-    cell: torch.Tensor  # (N,) their flat positions in (B, T)
+    cell: torch.Tensor  # (N,) their flat positions in (R, T)
     response_mask: torch.Tensor  # (R, T) bool, of R sequences
 
 
@@ -1235,6 +1235,7 @@ def missing(name: str, command: str = ""):
 
 # Copied from sft.load_tokenizer
 def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     import toy
@@ -1244,7 +1245,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         tokenizer = toy.tokenizer() if name == "toy" else load(name)
         if chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
-    except (OSError, ValueError) as error:
+            control_tokens(tokenizer)  # else a template's error would be told as a row's
+    except (OSError, ValueError, TemplateError) as error:
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
@@ -1302,8 +1304,7 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         config = toy.config(**labels) if name == "toy" else load(name, **trust, **labels)
         for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
             setattr(config, key, 0.0)
-        kinds = ["Classification" in x for x in config.architectures or ()]
-        if kind == "causal" and any(kinds):
+        if kind == "causal" and any("Classification" in x for x in config.architectures or ()):
             stop(f"{name} is a reward or value model, and a language model is wanted here: name another")
         auto = model_class(kind, config)
         with zero_3(args):
@@ -1342,7 +1343,7 @@ def lora_config(model, args, head: str | None = None):
     from transformers.pytorch_utils import Conv1D
 
     names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler", "dense_head"})
+    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler"})
     return LoraConfig(
         r=args.lora_r, lora_alpha=32, lora_dropout=getattr(args, "lora_dropout", 0.0), target_modules=targets,
         modules_to_save=[head] if head else None,
@@ -1371,7 +1372,7 @@ def plain(model):
 
 # Copied from sft.check_packing
 def check_packing(module, args):
-    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    """Stops if the family mixes up sequences in one row. module: a policy, value or reward model, or an engine around one."""
     model = plain(getattr(module, "module", module).model)
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
         if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
@@ -1380,7 +1381,7 @@ def check_packing(module, args):
 
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
-    """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
+    """A causal LM that returns log-probabilities of the response tokens: (R, T) fp32, 0 where masked. Given the weight
     of a token it returns -Σ weight · logp instead, a scalar. Only response positions go through the LM head."""
 
     def __init__(self, model):
@@ -1555,9 +1556,8 @@ def claim(args, ends=("summary.json", "final")) -> bool:
     here, mine = folder.resolve(), ("lock", "args.json.part")  # what a run has that was killed before it began
     found = [x for x in folder.iterdir() if x.name not in mine] if folder.is_dir() else []
     again = bool(found) and args.resume
-    names = {
-        f"--{name} {x}": Path(x) for name, x in settings.items() if isinstance(x, str) and x and name != "output_dir"
-    }
+    given = {name: x.split(",") for name, x in settings.items() if isinstance(x, str) and name != "output_dir"}
+    names = {f"--{name} {x.strip()}": Path(x.strip()) for name, some in given.items() for x in some if x.strip()}
     held = ["the folder you are in"] if Path.cwd().is_relative_to(here) else []
     held += [
         name for name, path in names.items() if not again and path.resolve().is_relative_to(here) and path.exists()
@@ -1656,7 +1656,7 @@ def model_card(args, script: str) -> str:
 
 # Copied from sft.Run
 class Run:
-    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, best/, final/, summary.json."""
 
     def __init__(
         self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
@@ -1670,7 +1670,6 @@ class Run:
             )
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
-        self.trackers = []
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         self.skipped, self.updates_skipped, self.read_every = 0, 0, 1 if hasattr(args, "rollout_batch_size") else 10
         ended = rank == 0 and claim(args)
@@ -1691,8 +1690,8 @@ class Run:
             sizes = [(getattr(p, "ds_numel", p.numel()) / 1e6, p.requires_grad) for p in engine.module.parameters()]
             tokens = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
             print(f"{self.name}: {of}, {sum(n for n, _ in sizes):.4g} M parameters, {sum(n for n, on in sizes if on):.4g} M trained, "
-                  f"learning rate {args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * tokens} "
-                  f"tokens a step; what no flag gives is {self.settings}")  # fmt: skip
+                  f"learning rate {args.learning_rate:g}, batch size {getattr(args, 'rollout_batch_size', args.batch_size)}, at most "
+                  f"{tokens} tokens a sequence; what no flag gives is {self.settings}")  # fmt: skip
         self.bar = tqdm(total=total, desc=self.name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
@@ -1743,7 +1742,10 @@ class Run:
         self.pending.append({"step": self.step, "seconds": seconds, **metrics, "skipped": self.engine.skipped})
         self.bar.update()
         save, read = self.args.save_every and self.step % self.args.save_every == 0, self.step % self.read_every == 0
-        if save or read:
+        signals = list(_signals)
+        if self.world > 1:
+            signals = [x for some in gather_lists([signals], self.world) for x in some] if read else []
+        if save or read or signals:  # before the checkpoint: a resumed run does not take these steps again
             self.flush()
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
@@ -1755,13 +1757,9 @@ class Run:
                 self.state |= {"best": found, "best_step": self.step}
                 with writing(self.folder / "best"):
                     self.write(self.folder / "best")
-        signals = _signals
-        if self.world > 1:
-            signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []
         if save or signals:
             self.checkpoint()
         if signals:
-            self.flush()
             if self.rank == 0:
                 words = [*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])]
                 print(
@@ -1821,7 +1819,7 @@ class Run:
                 if merge and model is not plain(model):
                     model.save_pretrained(part / "adapter")
                     model = model.merge_and_unload()
-                model.save_pretrained(part)
+                model.save_pretrained(part, **({} if model is plain(model) else {"selected_adapters": ["default"]}))
                 self.tokenizer.save_pretrained(part)
                 if folder.parent == self.folder:  # final/, best/
                     (part / "README.md").write_text(model_card(self.args, self.name), encoding="utf-8")

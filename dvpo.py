@@ -110,7 +110,7 @@ class Args:
     micro_tokens: int = 4096
     """tokens per forward pass on one rank, in scoring and in training; a longer sequence is a pass of its own"""
     padding: bool = False
-    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
+    """one padded sequence per row instead of packed rows: for families that cannot keep packed sequences apart"""
     ppo_epochs: int = 2
     """passes over each rollout (paper: 4)"""
     clip: float = 0.2
@@ -118,7 +118,7 @@ class Args:
     advantage: Literal["q", "gae"] = "gae"
     """q: the normalised value itself (paper); gae: lambda-sum of its increments Q - V (measured best)"""
     baseline: Literal["none", "position", "start"] = "none"
-    """what --advantage q is less by: nothing (paper), the rollout's mean at this token position, or V(s_1) of its own prompt"""
+    """what is subtracted from --advantage q: nothing (paper), the rollout's mean at this token position, or V(s_1) of its own prompt"""
     discount: float = 1.0
     """the MDP's discount factor per token; the one that the GVM was trained with"""
     lam: float = 0.95
@@ -128,7 +128,7 @@ class Args:
     kl_in: Literal["reward", "loss"] = "reward"
     """where the KL to the reference acts: in the advantage, as in PPO, or as half the squared log-ratio in the loss"""
     kl_coef: float = 0.05
-    """beta, the strength of the KL, in units of the standardised reward, or with --kl_in loss of the advantage (paper: starts at 0.2)"""
+    """beta, the strength of the KL: in units of the standardised reward; with --kl_in loss, in those of the advantage (paper: starts at 0.2)"""
     kl_target: float = 0.0
     """adapt beta towards this KL per sequence, in nats (paper: 0.1); 0 keeps beta fixed"""
     kl_horizon: float = 10000.0
@@ -150,7 +150,7 @@ class Args:
     max_response_tokens: int = 48
     """a response is sampled until EOS or this length (paper: 1024)"""
     eval_data: str = ""
-    """held-out prompts, of which a response to each is judged during training: a file or hub name"""
+    """held-out prompts; one response to each is judged during training: a file or hub name"""
     eval_split: str = "test"
     """the part of --eval_data to read"""
     eval_every: int = 0
@@ -183,7 +183,7 @@ class Args:
     """allow code that comes with a hub model"""
 
 
-PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings
+PAPER = {  # defaults for any model but toy.py's: the DVPO paper's settings
     "data": "openbmb/UltraFeedback", "split": "train[80%:]", "steps": 450, "learning_rate": 2e-6,
     "ppo_epochs": 4, "advantage": "q", "kl_coef": 0.2, "kl_target": 0.1, "max_prompt_tokens": 1024,
     "max_response_tokens": 1024,
@@ -231,11 +231,11 @@ def less_baseline(values, mask, baseline: str):
 def advantages(
     values, kl, mask, *, advantage="q", baseline="none", discount=1.0, lam=0.95, kl_coef=0.0, normalize=True
 ):  # fmt: skip
-    """Advantages (B, T) of a whole rollout, all ranks; 0 where masked.
+    """Advantages (B, T) of a whole rollout, all ranks; 0 where masked. With normalize=False what would be normalised.
 
     values (B, T+1) of the GVM, kl (B, T) = old_logp - ref_logp, mask (B, T) bool.
-    q:   normalize(Q_t - baseline - beta sum_{k>=t} discount^(k-t) kl_k)     section 3.3 at beta = 0; eq. 2 normalises, and
-         mu, sigma of the rollout are our reading ("computed during the GVM training stage")
+    q:   normalize(Q_t - baseline - beta sum_{k>=t} discount^(k-t) kl_k)     section 3.3 at beta = 0, eq. 2; the paper has mu
+         and sigma "computed during the GVM training stage", which we read as: of each rollout
     gae: normalize(sum_{k>=t} (discount lam)^(k-t) (delta_k - beta kl_k))    as PPO whitens; lam 0 is Q - V"""
     kl = kl * mask
     if advantage == "q":
@@ -246,7 +246,7 @@ def advantages(
 
 
 def dvpo_loss(logp, old_logp, advantage, mask, normalizer, *, clip: float = 0.2):
-    """eq. 3, negated: (B, T) each, normalizer = response tokens of the whole optimizer step. Returns (loss, clipped
+    """PPO's clipped objective (DVPO eq. 3), negated: (B, T) each, normalizer = response tokens of the optimizer step. Returns (loss, clipped
     tokens): both sums over micro-batches and ranks."""
     ratio = torch.exp((logp - old_logp) * mask)
     unclipped, clipped = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
@@ -280,7 +280,7 @@ def kl_controller(kl_coef: float, kl: float, *, target: float, episodes: int, ho
 # Copied from gvm.Answer
 @dataclass
 class Answer:
-    """A graded response. `prompt` is a list of chat messages; `response` ids end in EOS unless cut."""
+    """A graded response. `prompt` is a list of chat messages; `response` ids end in the end token unless cut."""
 
     prompt: list
     response: list[int]  # or an array, which is smaller
@@ -434,12 +434,7 @@ def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[li
             max_new_tokens=args.max_response_tokens, do_sample=False, use_cache=True,
             cache_implementation="static" if captured else None,
         )  # fmt: skip
-    ends = engine.module.ends
-    responses = []
-    for row in out[:, width:].tolist():
-        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
-        responses.append(row[:length])
-    return responses
+    return [cut_at(row, [], engine.module.ends)[0] for row in out[:, width:].tolist()]
 
 
 @contextlib.contextmanager
@@ -582,8 +577,8 @@ def now(device) -> float:
 
 
 def over_ranks(rows, widths, found_of, rank: int, world: int, args, device, *sizes) -> list:
-    """What `found_of` (a micro-batch, with each row's index behind it) gives: tensors of len(rows) rows of `widths`,
-    computed without gradients, shared out over the ranks by `sizes` as micro_batches has it; all get all."""
+    """A tensor (len(rows), width) for each of `widths`, from what `found_of` gives for a micro-batch (of rows with their index
+    appended), without gradients. Rows are shared out over the ranks by `sizes`, as in micro_batches; every rank gets all."""
     out = [torch.zeros(len(rows), width, device=device) for width in widths]
     with torch.no_grad():
         for micro in micro_batches([(*row, i) for i, row in enumerate(rows)], rank, world, args, *sizes)[0]:
@@ -597,7 +592,8 @@ def over_ranks(rows, widths, found_of, rank: int, world: int, args, device, *siz
 def padded(lists, device, fill: float = 0.0):
     """(B, n) fp32 of lists of different lengths."""
     width = max(map(len, lists))
-    return torch.tensor([[*x, *[fill] * (width - len(x))] for x in lists], device=device)
+    table = torch.tensor([[*x, *[fill] * (width - len(x))] for x in lists], dtype=torch.float32)
+    return table.to(device, non_blocking=True)
 
 
 def tau_partners(keys: list[str], pairs: int, seed: str) -> list[list[int]]:
@@ -686,11 +682,16 @@ def load_shared(args, tokenizer):
 
     folder, base = Path(args.gvm, "adapter"), args.reference or args.policy
     if not (folder / "adapter_config.json").is_file():
-        stop(f"--share_backbone needs a GVM trained with LoRA, {folder} is not there: run `python gvm.py --lora_r 8`")
+        stop(
+            f"--share_backbone needs a GVM trained with LoRA, and {folder} is not there: run `python gvm.py --lora_r 8`"
+        )
     config = PeftConfig.from_pretrained(folder)
     if Path(config.base_model_name_or_path).resolve() != Path(base).resolve():
         stop(f"--share_backbone: the GVM is an adapter on {config.base_model_name_or_path}, but the reference is {base}: "
              "name that one with --reference, or train the GVM from it")  # fmt: skip
+    if args.lora_r and Path(args.policy).resolve() != Path(base).resolve():
+        stop(f"--share_backbone with --lora_r trains an adapter on the reference, {base}, and --policy is {args.policy}: "
+             "give the same for both, or leave one of the two flags out")  # fmt: skip
     model = load_model("causal", base, tokenizer, args, frozen=True)
     policy_config = lora_config(model, args) if args.lora_r else None
     weights = load_file(folder / "adapter_model.safetensors")
@@ -731,7 +732,7 @@ def traced(args, world: int):
     """The settings of --trace: a run that leaves no files."""
     if world > 1:
         stop("--trace is for one process: start it without torchrun")
-    found = dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+    found = dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False, report_to="")
     found.settings = getattr(args, "settings", "as in the code")
     return found
 
@@ -784,8 +785,8 @@ def train(args: Args) -> Path:
     question = lambda row: [(encode(tokenizer, row, None, args)[0], as_messages(row["prompt"]))]
     questions = load_data(args, "prompts", question)
     if len(questions) < args.rollout_batch_size:
-        rollout = f"--rollout_batch_size {args.rollout_batch_size}"
-        stop(f"{args.data} ({args.split}) has {len(questions)} prompts, below {rollout}")
+        stop(f"{args.data} ({args.split}) has {len(questions)} prompts, fewer than --rollout_batch_size {args.rollout_batch_size}: "
+             "lower it, or give more prompts")  # fmt: skip
 
     held_out = list(load_data(args, "prompts", question, args.eval_data, args.eval_split)) if args.eval_data else []
     if args.eval_data:
@@ -804,7 +805,9 @@ def train(args: Args) -> Path:
     tau_pairs = args.tau_pairs if args.tau_pairs >= 0 else getattr(gvm_config, "tau_pairs", 0)
     tau_tokens = getattr(gvm_config, "tau_tokens", 0)
     if tau_pairs and not tau_tokens:
-        stop(f"--tau_pairs {tau_pairs}: {args.gvm} was trained without tau: use 0, or `python gvm.py --tau_pairs` anew")
+        stop(
+            f"--tau_pairs {tau_pairs}: {args.gvm} was trained without tau: give 0, or train it anew with `python gvm.py --tau_pairs {tau_pairs}`"
+        )
 
     engine = Engine(policy, args, world)
     policy.check(engine)
@@ -842,8 +845,9 @@ def train(args: Args) -> Path:
         old_logp, ref_logp, values = score_rollout(engine, frozen, rows, tokenizer, args, rank, world, device)
         lengths = torch.tensor([len(response) for response in responses], device=device)
         mask = torch.arange(old_logp.shape[1], device=device) < lengths[:, None]
-        cut = torch.tensor([response[-1] not in policy.ends for response in responses], device=device)
-        values.scatter_add_(1, lengths[:, None], (-args.eos_penalty * cut)[:, None])
+        complete = [r[-1] in policy.ends for r in responses]
+        penalty = args.eos_penalty * torch.tensor([not whole for whole in complete], device=device)
+        values.scatter_add_(1, lengths[:, None], -penalty[:, None])
         kl = old_logp - ref_logp
         sampled = padded(sampled, device)
         gap = (sampled - old_logp).abs() * mask
@@ -878,19 +882,12 @@ def train(args: Args) -> Path:
         clock.append(now(device))
         if args.trace:
             with torch.no_grad():  # once more, with the weights that the step has left
-                logp = engine(
-                    collate(list(zip(prompts, responses, strict=True))[:2], tokenizer.pad_token_id, device),
-                    args.temperature,
-                )
-            raw, steps = (
-                advantages(values, kl, mask, normalize=False, **how),
-                increments(values, mask, discount=args.discount),
-            )
+                logp = engine(collate(rows[:2], tokenizer.pad_token_id, device), args.temperature)
+            raw = advantages(values, kl, mask, normalize=False, **how)
+            steps = increments(values, mask, discount=args.discount)
             mean, std = raw[mask].mean(), raw[mask].std(correction=0)
-            print(
-                f"\nA_t = (raw_t - {mean:.4f}) / {std:.4f}, over the rollout. Ratio and loss: after its {update + 1} updates; "
-                "before the first one the ratio is 1 and the loss -A_t"
-            )
+            print(f"\nA_t = (raw_t - {mean:.4f}) / {std:.4f}, over the rollout{', times the weight of --tis_cap' * bool(args.tis_cap)}. "
+                  f"Ratio, and loss of eq. 3: after its {update + 1} updates; before the first one the ratio is 1 and the loss -A_t")  # fmt: skip
             for i, (answer, new) in enumerate(zip(answers[:2], logp, strict=True)):
                 adv, ratio = advantage[i, : len(new)], (new - old_logp[i, : len(new)]).exp()
                 pushed = torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv)
@@ -911,9 +908,7 @@ def train(args: Args) -> Path:
         spread = ((q - (q * mask).sum() / tokens).square() * mask).sum() / tokens
         rollout, scoring, updating = (round(b - a, 4) for a, b in itertools.pairwise(clock))
         metrics = {
-            "value": (
-                q.gather(1, lengths[:, None] - 1)
-            ).mean(),  # Q_T, the standardised reward by the GVM, less --eos_penalty
+            "value": q.gather(1, lengths[:, None] - 1).mean(),  # Q_T: the GVM's standardised reward, less --eos_penalty
             "kl": kl_mean,
             "kl_coef": run.state["kl_coef"],
             "entropy": -(old_logp * mask).sum() / tokens,
@@ -921,7 +916,7 @@ def train(args: Args) -> Path:
             "logp_gap_max": gap.max(),
             "credit_share": (increments(values, mask, discount=args.discount).square().sum() / tokens) / spread,
             "length": lengths.float().mean(),
-            "eos_share": sum(r[-1] in policy.ends for r in responses) / len(responses),
+            "eos_share": sum(complete) / len(complete),
             "loss": all_sum(loss_sum) / args.ppo_epochs / (len(responses) / args.batch_size),
             "clipped_share": all_sum(clipped_sum) / tokens / args.ppo_epochs,
             "grad_norm": grad_norm,
@@ -953,7 +948,7 @@ def train(args: Args) -> Path:
 
 
 def main(argv=None):
-    train(parse_args(Args, PRESETS, PAPER, argv, __doc__))
+    train(parse_args(Args, PRESETS, PAPER, argv, __doc__, discount=(1e-12, 1)))  # V_t divides by it
 
 
 # ====================================================================================================================
@@ -962,7 +957,7 @@ def main(argv=None):
 
 
 # Copied from sft.BOUNDS
-BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean something; any other number is 0 or more
+BOUNDS = {  # (lowest, highest); a lower default is allowed too, as -1 and 0 often mean something. Others: 0 or more
     **dict.fromkeys(("steps", "epochs", "batch_size", "rollout_batch_size", "ppo_epochs", "n", "best_of"), (1, math.inf)),
     **dict.fromkeys(("micro_tokens", "max_prompt_tokens", "max_response_tokens", "max_skipped"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "critic_learning_rate", "gamma", "temperature", "clip", "kl_horizon"), (1e-12, math.inf)),
@@ -1133,7 +1128,7 @@ def by_deepspeed(args) -> bool:
 
 # Copied from sft.all_sum
 def all_sum(x):
-    """Sum over ranks, for logging."""
+    """Sum over ranks, in place; x as it is without several."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -1150,6 +1145,7 @@ def gather_lists(lists: list, world: int) -> list:
 
 
 # Copied from sft.shuffled
+@functools.lru_cache(1)  # one order serves all steps of an epoch
 def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
@@ -1239,10 +1235,10 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
                     found.append(("", f"{source} row {numbers[i] + 1}: {why}"[:1000]))
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
-        several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
+        several = os.cpu_count() if len(raw) > 20000 else None
         try:
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
-                            num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+                            num_proc=several, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
             why = error if isinstance(error, OSError) else error.__context__
             if not isinstance(why, OSError):
@@ -1335,6 +1331,7 @@ def canonical(row: dict) -> dict:
         whole = lambda i: row["responses"][i].get("complete") is not False
         best = max(range(len(scores)), key=lambda i: (scores[i] is not None, whole(i), scores[i] or 0))
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
+        row |= {} if whole(best) else {"complete": False}
     return row
 
 
@@ -1345,8 +1342,8 @@ def as_messages(prompt) -> list[dict]:
     text = lambda m: isinstance(m, dict) and all(isinstance(m.get(field), str) for field in ("role", "content"))
     if not chat or not isinstance(chat, list) or not all(map(text, chat)):
         raise ValueError("field prompt is missing, or neither a string nor a list of {role, content} messages")
-    if not any(m["content"].strip() for m in chat):
-        raise ValueError("field prompt is empty")
+    if not any(m["content"].strip() for m in chat if m["role"] != "system"):
+        raise ValueError("field prompt is empty, or has a system message only")
     return chat
 
 
@@ -1439,7 +1436,7 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor | None  # (B, L), from 0 in each sequence; None where each has a row
     predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
     target: torch.Tensor  # (N,) those response tokens
-    cell: torch.Tensor  # (N,) their flat positions in (B, T)
+    cell: torch.Tensor  # (N,) their flat positions in (R, T)
     response_mask: torch.Tensor  # (R, T) bool, of R sequences
 
 
@@ -1545,6 +1542,7 @@ def missing(name: str, command: str = ""):
 
 # Copied from sft.load_tokenizer
 def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     import toy
@@ -1554,7 +1552,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         tokenizer = toy.tokenizer() if name == "toy" else load(name)
         if chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
-    except (OSError, ValueError) as error:
+            control_tokens(tokenizer)  # else a template's error would be told as a row's
+    except (OSError, ValueError, TemplateError) as error:
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
@@ -1612,8 +1611,7 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         config = toy.config(**labels) if name == "toy" else load(name, **trust, **labels)
         for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
             setattr(config, key, 0.0)
-        kinds = ["Classification" in x for x in config.architectures or ()]
-        if kind == "causal" and any(kinds):
+        if kind == "causal" and any("Classification" in x for x in config.architectures or ()):
             stop(f"{name} is a reward or value model, and a language model is wanted here: name another")
         auto = model_class(kind, config)
         with zero_3(args):
@@ -1652,7 +1650,7 @@ def lora_config(model, args, head: str | None = None):
     from transformers.pytorch_utils import Conv1D
 
     names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler", "dense_head"})
+    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler"})
     return LoraConfig(
         r=args.lora_r, lora_alpha=32, lora_dropout=getattr(args, "lora_dropout", 0.0), target_modules=targets,
         modules_to_save=[head] if head else None,
@@ -1681,7 +1679,7 @@ def plain(model):
 
 # Copied from sft.check_packing
 def check_packing(module, args):
-    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    """Stops if the family mixes up sequences in one row. module: a policy, value or reward model, or an engine around one."""
     model = plain(getattr(module, "module", module).model)
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
         if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
@@ -1690,7 +1688,7 @@ def check_packing(module, args):
 
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
-    """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
+    """A causal LM that returns log-probabilities of the response tokens: (R, T) fp32, 0 where masked. Given the weight
     of a token it returns -Σ weight · logp instead, a scalar. Only response positions go through the LM head."""
 
     def __init__(self, model):
@@ -1865,9 +1863,8 @@ def claim(args, ends=("summary.json", "final")) -> bool:
     here, mine = folder.resolve(), ("lock", "args.json.part")  # what a run has that was killed before it began
     found = [x for x in folder.iterdir() if x.name not in mine] if folder.is_dir() else []
     again = bool(found) and args.resume
-    names = {
-        f"--{name} {x}": Path(x) for name, x in settings.items() if isinstance(x, str) and x and name != "output_dir"
-    }
+    given = {name: x.split(",") for name, x in settings.items() if isinstance(x, str) and name != "output_dir"}
+    names = {f"--{name} {x.strip()}": Path(x.strip()) for name, some in given.items() for x in some if x.strip()}
     held = ["the folder you are in"] if Path.cwd().is_relative_to(here) else []
     held += [
         name for name, path in names.items() if not again and path.resolve().is_relative_to(here) and path.exists()
@@ -1966,7 +1963,7 @@ def model_card(args, script: str) -> str:
 
 # Copied from sft.Run
 class Run:
-    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, best/, final/, summary.json."""
 
     def __init__(
         self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
@@ -1980,7 +1977,6 @@ class Run:
             )
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
-        self.trackers = []
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         self.skipped, self.updates_skipped, self.read_every = 0, 0, 1 if hasattr(args, "rollout_batch_size") else 10
         ended = rank == 0 and claim(args)
@@ -2001,8 +1997,8 @@ class Run:
             sizes = [(getattr(p, "ds_numel", p.numel()) / 1e6, p.requires_grad) for p in engine.module.parameters()]
             tokens = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
             print(f"{self.name}: {of}, {sum(n for n, _ in sizes):.4g} M parameters, {sum(n for n, on in sizes if on):.4g} M trained, "
-                  f"learning rate {args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * tokens} "
-                  f"tokens a step; what no flag gives is {self.settings}")  # fmt: skip
+                  f"learning rate {args.learning_rate:g}, batch size {getattr(args, 'rollout_batch_size', args.batch_size)}, at most "
+                  f"{tokens} tokens a sequence; what no flag gives is {self.settings}")  # fmt: skip
         self.bar = tqdm(total=total, desc=self.name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
@@ -2053,7 +2049,10 @@ class Run:
         self.pending.append({"step": self.step, "seconds": seconds, **metrics, "skipped": self.engine.skipped})
         self.bar.update()
         save, read = self.args.save_every and self.step % self.args.save_every == 0, self.step % self.read_every == 0
-        if save or read:
+        signals = list(_signals)
+        if self.world > 1:
+            signals = [x for some in gather_lists([signals], self.world) for x in some] if read else []
+        if save or read or signals:  # before the checkpoint: a resumed run does not take these steps again
             self.flush()
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
@@ -2065,13 +2064,9 @@ class Run:
                 self.state |= {"best": found, "best_step": self.step}
                 with writing(self.folder / "best"):
                     self.write(self.folder / "best")
-        signals = _signals
-        if self.world > 1:
-            signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []
         if save or signals:
             self.checkpoint()
         if signals:
-            self.flush()
             if self.rank == 0:
                 words = [*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])]
                 print(
@@ -2131,7 +2126,7 @@ class Run:
                 if merge and model is not plain(model):
                     model.save_pretrained(part / "adapter")
                     model = model.merge_and_unload()
-                model.save_pretrained(part)
+                model.save_pretrained(part, **({} if model is plain(model) else {"selected_adapters": ["default"]}))
                 self.tokenizer.save_pretrained(part)
                 if folder.parent == self.folder:  # final/, best/
                     (part / "README.md").write_text(model_card(self.args, self.name), encoding="utf-8")

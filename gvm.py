@@ -8,9 +8,9 @@ token y_t, after the action; one more is read at the last prompt token, V(s_1).
     L = (1 - o) mean_t (G_t - Q_t)^2 + o mean_i (r_i - Q_T,i)^2     eq. 1 at o = 0    `value_loss`, `loss_weights`
     Q~ = (Q - mu) / (sigma + eps), mu and sigma over the batch's response tokens       eq. 2         `--value_norm batch`
 
-`--td_lambda 0` is eq. 1, 1 is Monte-Carlo (the default). Of its mean over tokens, the one token at which the whole answer
-has been read, and the grade is known, is 1/T; `--outcome_share` o gives these a share of the loss that does not depend on
-T. That is what reading finished text well takes: a reward model's loss is all outcome. V(s_1) has target
+`--td_lambda 0` is eq. 1, 1 is Monte-Carlo (the default). In its mean over tokens the last one, the only one that has seen
+the whole answer, has weight 1/T; `--outcome_share` o gives the last tokens a share of the loss that does not depend on T.
+That is what reading finished text well takes: a reward model's loss is all outcome. V(s_1) has target
 (1 - td_lambda) Q_1 + td_lambda G_1 and is left out of eq. 2 and of every accuracy. Scores are standardised over the
 training rows (mean and std go into the saved config); of a preference pair the chosen response scores +1, the rejected -1.
 
@@ -94,7 +94,7 @@ class Args:
     micro_tokens: int = 4096
     """tokens per forward pass on one rank; a longer sequence is a pass of its own"""
     padding: bool = False
-    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
+    """one padded sequence per row instead of packed rows: for families that cannot keep packed sequences apart"""
     max_prompt_tokens: int = 64
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 64
@@ -108,7 +108,7 @@ class Args:
     discount: float = 1.0
     """the MDP's discount factor per token (the paper's gamma)"""
     outcome_share: float = 0.5
-    """share of the loss that is the last tokens', of answers that are not cut, whatever their length; 0: all tokens alike (paper)"""
+    """share of the loss on the last tokens of answers that are not cut, however long these are; 0: all tokens alike (paper)"""
     value_norm: Literal["none", "batch"] = "none"
     """`batch` applies eq. 2 to the Q inside the loss (paper), not to V(s_1): for --advantage q only"""
     eval_share: float = 0.05
@@ -140,14 +140,14 @@ class Args:
     report_to: str = ""
     """where metrics go besides metrics.jsonl: tensorboard, wandb, trackio; several with commas"""
     trace: bool = False
-    """take one step, print a part of its batch as a table with all that the loss is made of, and leave no files"""
+    """print a part of the first batch as a table with all that its loss is made of, and end; leaves no files"""
     resume: bool = False
     """continue from the last checkpoint in --output_dir, bit for bit"""
     trust_remote_code: bool = False
     """allow code that comes with a hub model"""
 
 
-PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings, room for tau, and
+PAPER = {  # defaults for any model but toy.py's: the DVPO paper's settings, room for tau, and
     # the lengths of dvpo.py
     "data": "openbmb/UltraFeedback", "split": "train[30%:80%]", "learning_rate": 2e-6,
     "max_prompt_tokens": 1024, "max_response_tokens": 1024, "tau_pairs": 1, "tau_tokens": 1024, "lora_r": 8,
@@ -218,19 +218,15 @@ def pair_accuracy(rows) -> dict[str, float]:
     """Share of pairs of one prompt whose better response (by score) has the higher statistic; a tie counts half.
 
     rows: (prompt, score, statistics) triples."""
-    by_prompt = {}
+    by_prompt, wins = {}, []
     for prompt, score, statistics in rows:
-        by_prompt.setdefault(prompt, []).append((score, statistics))
-    wins = {}
-    for group in by_prompt.values():
-        for i, (score, one) in enumerate(group):
-            for other_score, other in group[:i]:
-                if score != other_score:
-                    for key in one:
-                        wins.setdefault(key, []).append(
-                            0.5 + 0.5 * np.sign((one[key] - other[key]) * (score - other_score))
-                        )
-    return {key: float(np.mean(value)) for key, value in wins.items()}
+        by_prompt.setdefault(prompt, []).append([score, *statistics.values()])
+    for group in map(np.array, by_prompt.values()):
+        one, other = np.triu_indices(len(group), 1)
+        sign = np.sign(group[one] - group[other])
+        sign = sign[sign[:, 0] != 0]
+        wins += (0.5 + 0.5 * sign[:, 1:] * sign[:, :1]).tolist()
+    return dict(zip(rows[0][2], np.mean(wins, 0).tolist(), strict=True)) if wins else {}
 
 
 # ------------------------------------------------------------------------------------------- trajectories (tau), values
@@ -238,7 +234,7 @@ def pair_accuracy(rows) -> dict[str, float]:
 
 @dataclass
 class Answer:
-    """A graded response. `prompt` is a list of chat messages; `response` ids end in EOS unless cut."""
+    """A graded response. `prompt` is a list of chat messages; `response` ids end in the end token unless cut."""
 
     prompt: list
     response: list[int]  # or an array, which is smaller
@@ -272,7 +268,7 @@ def conversations(answers: list[Answer], size: int, seed: int, epoch: int) -> li
 
 
 def choose_tau(pool: list[Answer], answer: Answer, pairs: int, rng: random.Random) -> list[Answer]:
-    """`pairs` answers of the pool on prompts other than the answer's own and than each other's."""
+    """Up to `pairs` answers of the pool on prompts other than the answer's own and than each other's."""
     tau, keys = [], {answer.key}
     for other in rng.sample(pool, min(len(pool), 8 * pairs + 8)):
         if len(tau) < pairs and other.key not in keys:
@@ -375,7 +371,7 @@ def traced(args, world: int):
     """The settings of --trace: a run that leaves no files."""
     if world > 1:
         stop("--trace is for one process: start it without torchrun")
-    found = dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+    found = dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False, report_to="")
     found.settings = getattr(args, "settings", "as in the code")
     return found
 
@@ -463,11 +459,15 @@ def train(args: Args) -> Path:
         chosen = {keys[i] for i in shuffled(len(keys), args.seed, -1)[: int(args.eval_share * len(keys))]}
         training = [answer for answer in answers if answer.key not in chosen]
         held_out = [answer for answer in answers if answer.key in chosen]
+        if args.keep_best and args.eval_share and not held_out:  # a share of 0 is refused by Run
+            stop(
+                f"--keep_best: --eval_share {args.eval_share} of {len(keys)} prompts holds out none: give more, or --eval_data"
+            )
     scores = np.array([answer.score for answer in training])
     if not len(scores) or scores.std() == 0:
         stop(f"{args.data} ({args.split}): {len(scores)} responses, all of one score: there is nothing to learn")
     mean, std = float(scores.mean()), float(scores.std())
-    end = response_ids(tokenizer, "", args)[0]
+    end = control_tokens(tokenizer)[0]
 
     torch.manual_seed(args.seed)
     model = load_model("value", args.model, tokenizer, args)
@@ -488,7 +488,7 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     value_model.train()
-    look = functools.lru_cache(1)(  # once for a number of updates: the last step's is the closing one
+    look = functools.lru_cache(1)(  # the closing look is the last step's own, where that had one
         lambda updates: held_out_values(engine, tokenizer, answers, held_out, mean, std, args, rank, world, device)
     )
     current, order = None, []
@@ -524,9 +524,9 @@ def train(args: Args) -> Path:
             weights = loss_weights(mask, ended, positions, outcomes, args.outcome_share)
             loss = value_loss(values, target, weights)
             if args.trace:
+                share = weights * positions  # 1 on average
+                terms = share * (values.detach() - target).square()
                 for i, (answer, (_, shown)) in enumerate(zip(micro[0][3], micro[0][2], strict=True)):
-                    share = weights * positions  # 1 on average
-                    terms = share * (values.detach() - target).square()
                     trace(
                         f"{'tau' if answer is not micro[0][3][-1] else 'question'}: {answer.policy}, score {answer.score:.3f}, "
                         f"standardised {reward[i]:.3f}: {answer.prompt[-1]['content']}",
@@ -543,7 +543,9 @@ def train(args: Args) -> Path:
         run.log({"loss": all_sum(loss_sum), **rates, "positions": positions, "useful_tokens": useful})
     found = look(len(plan))
     best = found.get("accuracy_mean")
-    said = f"; the mean of token values orders {best:.1%} of held-out pairs as their scores do" if best else ""
+    said = (
+        f"; the mean of token values orders {best:.1%} of held-out pairs as their scores do" if best is not None else ""
+    )
     return run.finish(said, **found)
 
 
@@ -577,7 +579,7 @@ def main(argv=None):
 
 
 # Copied from sft.BOUNDS
-BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean something; any other number is 0 or more
+BOUNDS = {  # (lowest, highest); a lower default is allowed too, as -1 and 0 often mean something. Others: 0 or more
     **dict.fromkeys(("steps", "epochs", "batch_size", "rollout_batch_size", "ppo_epochs", "n", "best_of"), (1, math.inf)),
     **dict.fromkeys(("micro_tokens", "max_prompt_tokens", "max_response_tokens", "max_skipped"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "critic_learning_rate", "gamma", "temperature", "clip", "kl_horizon"), (1e-12, math.inf)),
@@ -748,7 +750,7 @@ def by_deepspeed(args) -> bool:
 
 # Copied from sft.all_sum
 def all_sum(x):
-    """Sum over ranks, for logging."""
+    """Sum over ranks, in place; x as it is without several."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -765,6 +767,7 @@ def gather_lists(lists: list, world: int) -> list:
 
 
 # Copied from sft.shuffled
+@functools.lru_cache(1)  # one order serves all steps of an epoch
 def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
@@ -854,10 +857,10 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
                     found.append(("", f"{source} row {numbers[i] + 1}: {why}"[:1000]))
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
-        several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
+        several = os.cpu_count() if len(raw) > 20000 else None
         try:
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
-                            num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+                            num_proc=several, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
             why = error if isinstance(error, OSError) else error.__context__
             if not isinstance(why, OSError):
@@ -950,6 +953,7 @@ def canonical(row: dict) -> dict:
         whole = lambda i: row["responses"][i].get("complete") is not False
         best = max(range(len(scores)), key=lambda i: (scores[i] is not None, whole(i), scores[i] or 0))
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
+        row |= {} if whole(best) else {"complete": False}
     return row
 
 
@@ -960,8 +964,8 @@ def as_messages(prompt) -> list[dict]:
     text = lambda m: isinstance(m, dict) and all(isinstance(m.get(field), str) for field in ("role", "content"))
     if not chat or not isinstance(chat, list) or not all(map(text, chat)):
         raise ValueError("field prompt is missing, or neither a string nor a list of {role, content} messages")
-    if not any(m["content"].strip() for m in chat):
-        raise ValueError("field prompt is empty")
+    if not any(m["content"].strip() for m in chat if m["role"] != "system"):
+        raise ValueError("field prompt is empty, or has a system message only")
     return chat
 
 
@@ -1131,6 +1135,7 @@ def missing(name: str, command: str = ""):
 
 # Copied from sft.load_tokenizer
 def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     import toy
@@ -1140,7 +1145,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         tokenizer = toy.tokenizer() if name == "toy" else load(name)
         if chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
-    except (OSError, ValueError) as error:
+            control_tokens(tokenizer)  # else a template's error would be told as a row's
+    except (OSError, ValueError, TemplateError) as error:
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
@@ -1198,8 +1204,7 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         config = toy.config(**labels) if name == "toy" else load(name, **trust, **labels)
         for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
             setattr(config, key, 0.0)
-        kinds = ["Classification" in x for x in config.architectures or ()]
-        if kind == "causal" and any(kinds):
+        if kind == "causal" and any("Classification" in x for x in config.architectures or ()):
             stop(f"{name} is a reward or value model, and a language model is wanted here: name another")
         auto = model_class(kind, config)
         with zero_3(args):
@@ -1238,7 +1243,7 @@ def lora_config(model, args, head: str | None = None):
     from transformers.pytorch_utils import Conv1D
 
     names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler", "dense_head"})
+    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler"})
     return LoraConfig(
         r=args.lora_r, lora_alpha=32, lora_dropout=getattr(args, "lora_dropout", 0.0), target_modules=targets,
         modules_to_save=[head] if head else None,
@@ -1267,7 +1272,7 @@ def plain(model):
 
 # Copied from sft.check_packing
 def check_packing(module, args):
-    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    """Stops if the family mixes up sequences in one row. module: a policy, value or reward model, or an engine around one."""
     model = plain(getattr(module, "module", module).model)
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
         if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
@@ -1423,9 +1428,8 @@ def claim(args, ends=("summary.json", "final")) -> bool:
     here, mine = folder.resolve(), ("lock", "args.json.part")  # what a run has that was killed before it began
     found = [x for x in folder.iterdir() if x.name not in mine] if folder.is_dir() else []
     again = bool(found) and args.resume
-    names = {
-        f"--{name} {x}": Path(x) for name, x in settings.items() if isinstance(x, str) and x and name != "output_dir"
-    }
+    given = {name: x.split(",") for name, x in settings.items() if isinstance(x, str) and name != "output_dir"}
+    names = {f"--{name} {x.strip()}": Path(x.strip()) for name, some in given.items() for x in some if x.strip()}
     held = ["the folder you are in"] if Path.cwd().is_relative_to(here) else []
     held += [
         name for name, path in names.items() if not again and path.resolve().is_relative_to(here) and path.exists()
@@ -1524,7 +1528,7 @@ def model_card(args, script: str) -> str:
 
 # Copied from sft.Run
 class Run:
-    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, best/, final/, summary.json."""
 
     def __init__(
         self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
@@ -1538,7 +1542,6 @@ class Run:
             )
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
-        self.trackers = []
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         self.skipped, self.updates_skipped, self.read_every = 0, 0, 1 if hasattr(args, "rollout_batch_size") else 10
         ended = rank == 0 and claim(args)
@@ -1559,8 +1562,8 @@ class Run:
             sizes = [(getattr(p, "ds_numel", p.numel()) / 1e6, p.requires_grad) for p in engine.module.parameters()]
             tokens = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
             print(f"{self.name}: {of}, {sum(n for n, _ in sizes):.4g} M parameters, {sum(n for n, on in sizes if on):.4g} M trained, "
-                  f"learning rate {args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * tokens} "
-                  f"tokens a step; what no flag gives is {self.settings}")  # fmt: skip
+                  f"learning rate {args.learning_rate:g}, batch size {getattr(args, 'rollout_batch_size', args.batch_size)}, at most "
+                  f"{tokens} tokens a sequence; what no flag gives is {self.settings}")  # fmt: skip
         self.bar = tqdm(total=total, desc=self.name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
@@ -1611,7 +1614,10 @@ class Run:
         self.pending.append({"step": self.step, "seconds": seconds, **metrics, "skipped": self.engine.skipped})
         self.bar.update()
         save, read = self.args.save_every and self.step % self.args.save_every == 0, self.step % self.read_every == 0
-        if save or read:
+        signals = list(_signals)
+        if self.world > 1:
+            signals = [x for some in gather_lists([signals], self.world) for x in some] if read else []
+        if save or read or signals:  # before the checkpoint: a resumed run does not take these steps again
             self.flush()
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
@@ -1623,13 +1629,9 @@ class Run:
                 self.state |= {"best": found, "best_step": self.step}
                 with writing(self.folder / "best"):
                     self.write(self.folder / "best")
-        signals = _signals
-        if self.world > 1:
-            signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []
         if save or signals:
             self.checkpoint()
         if signals:
-            self.flush()
             if self.rank == 0:
                 words = [*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])]
                 print(
@@ -1689,7 +1691,7 @@ class Run:
                 if merge and model is not plain(model):
                     model.save_pretrained(part / "adapter")
                     model = model.merge_and_unload()
-                model.save_pretrained(part)
+                model.save_pretrained(part, **({} if model is plain(model) else {"selected_adapters": ["default"]}))
                 self.tokenizer.save_pretrained(part)
                 if folder.parent == self.folder:  # final/, best/
                     (part / "README.md").write_text(model_card(self.args, self.name), encoding="utf-8")

@@ -112,19 +112,19 @@ class Args:
     rollout_batch_size: int = 64
     """responses per rollout, over all ranks"""
     best_of: int = 1
-    """sample so many responses to a prompt and keep the best by reward, which is no plain draw of the policy any more"""
+    """sample this many responses to each prompt and keep the one with the highest reward, which is then no plain sample of the policy"""
     batch_size: int = 32
     """responses per optimizer step of policy and critic, over all ranks"""
     micro_tokens: int = 4096
     """tokens per forward pass on one rank, in scoring and in training; a longer sequence is a pass of its own"""
     padding: bool = False
-    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
+    """one padded sequence per row instead of packed rows: for families that cannot keep packed sequences apart"""
     ppo_epochs: int = 2
     """passes over each rollout"""
     clip: float = 0.2
     """PPO's clipping parameter eps"""
     value_clip: float = 0.2
-    """a new value may lie so far from the rollout's, in units of the standardised reward"""
+    """how far a new value may lie from the rollout's, in units of the standardised reward"""
     value_coef: float = 0.1
     """c, the factor on the critic's loss; with an optimizer of its own it acts through --max_grad_norm alone"""
     discount: float = 1.0
@@ -152,7 +152,7 @@ class Args:
     max_response_tokens: int = 48
     """a response is sampled until EOS or this length"""
     eval_data: str = ""
-    """held-out prompts, of which a response to each is judged during training: a file or hub name"""
+    """held-out prompts; one response to each is judged during training: a file or hub name"""
     eval_split: str = "test"
     """the part of --eval_data to read"""
     eval_every: int = 0
@@ -235,7 +235,7 @@ def gae(rewards, values, mask, *, discount: float = 1.0, lam: float = 0.95):
 
 # Copied from dvpo.dvpo_loss
 def dvpo_loss(logp, old_logp, advantage, mask, normalizer, *, clip: float = 0.2):
-    """eq. 3, negated: (B, T) each, normalizer = response tokens of the whole optimizer step. Returns (loss, clipped
+    """PPO's clipped objective (DVPO eq. 3), negated: (B, T) each, normalizer = response tokens of the optimizer step. Returns (loss, clipped
     tokens): both sums over micro-batches and ranks."""
     ratio = torch.exp((logp - old_logp) * mask)
     unclipped, clipped = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
@@ -303,7 +303,9 @@ class TextReward:
         self.model = whole_or_parts(RewardModel(model, self.decoder).to(device), self.reading)
         # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
         self.limit = getattr(config, "max_position_embeddings", None) or 10**9
-        part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
+        part = (
+            10**9 if self.decoder else self.limit // 2 - 3
+        )  # an encoder's pair is cut to fit; RoBERTa keeps two positions back
         self.limits = SimpleNamespace(max_prompt_tokens=part, max_response_tokens=part)
 
     def __call__(
@@ -351,7 +353,7 @@ class FunctionReward:
             path, _, function = place.rpartition(":")
             try:
                 if not (path.endswith(".py") and Path(path).is_file()):
-                    raise OSError(f"{path or place} is no file of Python")
+                    raise OSError(f"{path or place} is not a Python file")
                 found = importlib.util.spec_from_file_location(Path(path).stem, path)
                 module = importlib.util.module_from_spec(found)
                 found.loader.exec_module(module)
@@ -422,7 +424,7 @@ def score_sequences(model, sequences, pad_token_id: int, args, rank: int, world:
                 given = model(*collate_scored([row[2] for row in micro], pad_token_id, device, args))
                 index = torch.tensor([i for _, real, _, i in micro if real], dtype=torch.long, device=device)
                 scores.index_add_(0, index, given[: len(index)])
-        found += (all_sum(scores) if world > 1 else scores).tolist()
+        found += all_sum(scores).tolist()
     return found
 
 
@@ -509,12 +511,7 @@ def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[li
             max_new_tokens=args.max_response_tokens, do_sample=False, use_cache=True,
             cache_implementation="static" if captured else None,
         )  # fmt: skip
-    ends = engine.module.ends
-    responses = []
-    for row in out[:, width:].tolist():
-        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
-        responses.append(row[:length])
-    return responses
+    return [cut_at(row, [], engine.module.ends)[0] for row in out[:, width:].tolist()]
 
 
 # Copied from dvpo.unwrapped
@@ -660,8 +657,8 @@ def now(device) -> float:
 
 # Copied from dvpo.over_ranks
 def over_ranks(rows, widths, found_of, rank: int, world: int, args, device, *sizes) -> list:
-    """What `found_of` (a micro-batch, with each row's index behind it) gives: tensors of len(rows) rows of `widths`,
-    computed without gradients, shared out over the ranks by `sizes` as micro_batches has it; all get all."""
+    """A tensor (len(rows), width) for each of `widths`, from what `found_of` gives for a micro-batch (of rows with their index
+    appended), without gradients. Rows are shared out over the ranks by `sizes`, as in micro_batches; every rank gets all."""
     out = [torch.zeros(len(rows), width, device=device) for width in widths]
     with torch.no_grad():
         for micro in micro_batches([(*row, i) for i, row in enumerate(rows)], rank, world, args, *sizes)[0]:
@@ -675,7 +672,8 @@ def over_ranks(rows, widths, found_of, rank: int, world: int, args, device, *siz
 def padded(lists, device, fill: float = 0.0):
     """(B, n) fp32 of lists of different lengths."""
     width = max(map(len, lists))
-    return torch.tensor([[*x, *[fill] * (width - len(x))] for x in lists], device=device)
+    table = torch.tensor([[*x, *[fill] * (width - len(x))] for x in lists], dtype=torch.float32)
+    return table.to(device, non_blocking=True)
 
 
 def best_of_each(scores: list[float], n: int) -> list[int]:
@@ -735,7 +733,7 @@ def traced(args, world: int):
     """The settings of --trace: a run that leaves no files."""
     if world > 1:
         stop("--trace is for one process: start it without torchrun")
-    found = dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False)
+    found = dataclasses.replace(args, output_dir=tempfile.mkdtemp(), save_every=0, resume=False, report_to="")
     found.settings = getattr(args, "settings", "as in the code")
     return found
 
@@ -784,8 +782,8 @@ def train(args: Args) -> Path:
     question = lambda row: [(encode(tokenizer, row, None, args)[0], as_messages(row["prompt"]))]
     questions = load_data(args, "prompts", question)
     if len(questions) < args.rollout_batch_size:
-        rollout = f"--rollout_batch_size {args.rollout_batch_size}"
-        stop(f"{args.data} ({args.split}) has {len(questions)} prompts, below {rollout}")
+        stop(f"{args.data} ({args.split}) has {len(questions)} prompts, fewer than --rollout_batch_size {args.rollout_batch_size}: "
+             "lower it, or give more prompts")  # fmt: skip
 
     if args.reward_model == "gold" and not args.reward:  # prompts of other worlds are told before anything is written
         reward([messages for _, messages in questions], [""] * len(questions), [True] * len(questions))
@@ -808,23 +806,14 @@ def train(args: Args) -> Path:
     check_packing(engine, args)
     check_packing(critic_engine, args)
     goal = "gold" if args.data == "toy" else "reward"
-    run = Run(
-        args,
-        Engines(engine, critic_engine),
-        model,
-        tokenizer,
-        rank,
-        args.steps,
-        started,
-        bar=(goal, "kl"),
-        best="eval_reward",
-    )
+    engines = Engines(engine, critic_engine)
+    run = Run(args, engines, model, tokenizer, rank, args.steps, started, bar=(goal, "kl"), best="eval_reward")
     run.state = {"kl_coef": args.kl_coef}
     run.restore()
     policy.train(), critic.train()
     rollouts = Rollouts(engine, policy.ends, tokenizer, args, device, rank=rank)
     per_rank = args.rollout_batch_size // world
-    drawn = slice(rank * per_rank * args.best_of, (rank + 1) * per_rank * args.best_of)  # before the best are kept
+    mine = slice(rank * per_rank * args.best_of, (rank + 1) * per_rank * args.best_of)  # before the best are kept
     look = functools.lru_cache(1)(  # once for a number of rollouts: the last one's is the closing one
         lambda rollout: held_out_rewards(held_out, rollouts, reference, reward, tokenizer, args, rank, world, device)
     )
@@ -835,13 +824,13 @@ def train(args: Args) -> Path:
         at = step % per_epoch * args.rollout_batch_size
         chosen = [questions[i] for i in order[at : at + args.rollout_batch_size] for _ in range(args.best_of)]
         prompts, key = [ids for ids, _ in chosen], f"{args.seed}/{step}"
-        found = rollouts(prompts[drawn], [key_of(key, i) for i in range(len(prompts))[drawn]])
-        responses, sampled = map(list, zip(*gather_lists(found, world), strict=True))
+        drawn = rollouts(prompts[mine], [key_of(key, i) for i in range(len(prompts))[mine]])
+        responses, sampled = map(list, zip(*gather_lists(drawn, world), strict=True))
         clock.append(now(device))
 
         texts = [tokenizer.decode([t for t in r if t not in policy.ends]) for r in responses]
         complete, asked = [r[-1] in policy.ends for r in responses], [messages for _, messages in chosen]
-        scores = reward(asked[drawn], texts[drawn], complete[drawn], rank, world)
+        scores = reward(asked[mine], texts[mine], complete[mine], rank, world)
         keep = best_of_each(scores, args.best_of)
         prompts, responses, sampled, texts, asked, complete, scores = (
             [x[i] for i in keep] for x in (prompts, responses, sampled, texts, asked, complete, scores)
@@ -895,24 +884,12 @@ def train(args: Args) -> Path:
             with torch.no_grad():  # once more, with the weights that the step has left
                 logp = engine(collate(rows[:2], tokenizer.pad_token_id, device), args.temperature)
             for i, new in enumerate(logp):
-                ratio = (new - old_logp[i, : len(new)]).exp()
-                pushed = torch.minimum(
-                    ratio * advantage[i, : len(new)],
-                    ratio.clamp(1 - args.clip, 1 + args.clip) * advantage[i, : len(new)],
-                )
-                columns = {
-                    "log pi_old": old_logp[i],
-                    "log pi_ref": ref_logp[i],
-                    "r_t": rewards[i],
-                    "V_t": values[i],
-                    "return": returns[i],
-                }
-                columns |= {"A_t": advantage[i], "ratio": ratio, "loss": -pushed}
-                trace(
-                    f"{asked[i][-1]['content']}   reward {score[i]:.3f}",
-                    [repr(tokenizer.decode([t])) for t in responses[i]],
-                    columns,
-                )
+                adv, ratio = advantage[i, : len(new)], (new - old_logp[i, : len(new)]).exp()
+                pushed = torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv)
+                columns = {"log pi_old": old_logp[i], "log pi_ref": ref_logp[i], "r_t": rewards[i], "V_t": values[i]}
+                columns |= {"return": returns[i], "A_t": adv, "ratio": ratio, "loss": -pushed}
+                title = f"{asked[i][-1]['content']}   reward {score[i]:.3f}"
+                trace(title, [repr(tokenizer.decode([t])) for t in responses[i]], columns)
             shutil.rmtree(run.folder)
             return run.folder
 
@@ -972,7 +949,7 @@ def main(argv=None):
 
 
 # Copied from sft.BOUNDS
-BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean something; any other number is 0 or more
+BOUNDS = {  # (lowest, highest); a lower default is allowed too, as -1 and 0 often mean something. Others: 0 or more
     **dict.fromkeys(("steps", "epochs", "batch_size", "rollout_batch_size", "ppo_epochs", "n", "best_of"), (1, math.inf)),
     **dict.fromkeys(("micro_tokens", "max_prompt_tokens", "max_response_tokens", "max_skipped"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "critic_learning_rate", "gamma", "temperature", "clip", "kl_horizon"), (1e-12, math.inf)),
@@ -1143,7 +1120,7 @@ def by_deepspeed(args) -> bool:
 
 # Copied from sft.all_sum
 def all_sum(x):
-    """Sum over ranks, for logging."""
+    """Sum over ranks, in place; x as it is without several."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -1160,6 +1137,7 @@ def gather_lists(lists: list, world: int) -> list:
 
 
 # Copied from sft.shuffled
+@functools.lru_cache(1)  # one order serves all steps of an epoch
 def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
@@ -1249,10 +1227,10 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
                     found.append(("", f"{source} row {numbers[i] + 1}: {why}"[:1000]))
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
-        several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
+        several = os.cpu_count() if len(raw) > 20000 else None
         try:
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
-                            num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+                            num_proc=several, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
             why = error if isinstance(error, OSError) else error.__context__
             if not isinstance(why, OSError):
@@ -1345,6 +1323,7 @@ def canonical(row: dict) -> dict:
         whole = lambda i: row["responses"][i].get("complete") is not False
         best = max(range(len(scores)), key=lambda i: (scores[i] is not None, whole(i), scores[i] or 0))
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
+        row |= {} if whole(best) else {"complete": False}
     return row
 
 
@@ -1355,8 +1334,8 @@ def as_messages(prompt) -> list[dict]:
     text = lambda m: isinstance(m, dict) and all(isinstance(m.get(field), str) for field in ("role", "content"))
     if not chat or not isinstance(chat, list) or not all(map(text, chat)):
         raise ValueError("field prompt is missing, or neither a string nor a list of {role, content} messages")
-    if not any(m["content"].strip() for m in chat):
-        raise ValueError("field prompt is empty")
+    if not any(m["content"].strip() for m in chat if m["role"] != "system"):
+        raise ValueError("field prompt is empty, or has a system message only")
     return chat
 
 
@@ -1449,7 +1428,7 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor | None  # (B, L), from 0 in each sequence; None where each has a row
     predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
     target: torch.Tensor  # (N,) those response tokens
-    cell: torch.Tensor  # (N,) their flat positions in (B, T)
+    cell: torch.Tensor  # (N,) their flat positions in (R, T)
     response_mask: torch.Tensor  # (R, T) bool, of R sequences
 
 
@@ -1555,6 +1534,7 @@ def missing(name: str, command: str = ""):
 
 # Copied from sft.load_tokenizer
 def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     import toy
@@ -1564,7 +1544,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         tokenizer = toy.tokenizer() if name == "toy" else load(name)
         if chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
-    except (OSError, ValueError) as error:
+            control_tokens(tokenizer)  # else a template's error would be told as a row's
+    except (OSError, ValueError, TemplateError) as error:
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
@@ -1622,8 +1603,7 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         config = toy.config(**labels) if name == "toy" else load(name, **trust, **labels)
         for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
             setattr(config, key, 0.0)
-        kinds = ["Classification" in x for x in config.architectures or ()]
-        if kind == "causal" and any(kinds):
+        if kind == "causal" and any("Classification" in x for x in config.architectures or ()):
             stop(f"{name} is a reward or value model, and a language model is wanted here: name another")
         auto = model_class(kind, config)
         with zero_3(args):
@@ -1662,7 +1642,7 @@ def lora_config(model, args, head: str | None = None):
     from transformers.pytorch_utils import Conv1D
 
     names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler", "dense_head"})
+    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler"})
     return LoraConfig(
         r=args.lora_r, lora_alpha=32, lora_dropout=getattr(args, "lora_dropout", 0.0), target_modules=targets,
         modules_to_save=[head] if head else None,
@@ -1691,7 +1671,7 @@ def plain(model):
 
 # Copied from sft.check_packing
 def check_packing(module, args):
-    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    """Stops if the family mixes up sequences in one row. module: a policy, value or reward model, or an engine around one."""
     model = plain(getattr(module, "module", module).model)
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
         if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
@@ -1700,7 +1680,7 @@ def check_packing(module, args):
 
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
-    """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
+    """A causal LM that returns log-probabilities of the response tokens: (R, T) fp32, 0 where masked. Given the weight
     of a token it returns -Σ weight · logp instead, a scalar. Only response positions go through the LM head."""
 
     def __init__(self, model):
@@ -1875,9 +1855,8 @@ def claim(args, ends=("summary.json", "final")) -> bool:
     here, mine = folder.resolve(), ("lock", "args.json.part")  # what a run has that was killed before it began
     found = [x for x in folder.iterdir() if x.name not in mine] if folder.is_dir() else []
     again = bool(found) and args.resume
-    names = {
-        f"--{name} {x}": Path(x) for name, x in settings.items() if isinstance(x, str) and x and name != "output_dir"
-    }
+    given = {name: x.split(",") for name, x in settings.items() if isinstance(x, str) and name != "output_dir"}
+    names = {f"--{name} {x.strip()}": Path(x.strip()) for name, some in given.items() for x in some if x.strip()}
     held = ["the folder you are in"] if Path.cwd().is_relative_to(here) else []
     held += [
         name for name, path in names.items() if not again and path.resolve().is_relative_to(here) and path.exists()
@@ -1976,7 +1955,7 @@ def model_card(args, script: str) -> str:
 
 # Copied from sft.Run
 class Run:
-    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, best/, final/, summary.json."""
 
     def __init__(
         self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
@@ -1990,7 +1969,6 @@ class Run:
             )
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
-        self.trackers = []
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         self.skipped, self.updates_skipped, self.read_every = 0, 0, 1 if hasattr(args, "rollout_batch_size") else 10
         ended = rank == 0 and claim(args)
@@ -2011,8 +1989,8 @@ class Run:
             sizes = [(getattr(p, "ds_numel", p.numel()) / 1e6, p.requires_grad) for p in engine.module.parameters()]
             tokens = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
             print(f"{self.name}: {of}, {sum(n for n, _ in sizes):.4g} M parameters, {sum(n for n, on in sizes if on):.4g} M trained, "
-                  f"learning rate {args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * tokens} "
-                  f"tokens a step; what no flag gives is {self.settings}")  # fmt: skip
+                  f"learning rate {args.learning_rate:g}, batch size {getattr(args, 'rollout_batch_size', args.batch_size)}, at most "
+                  f"{tokens} tokens a sequence; what no flag gives is {self.settings}")  # fmt: skip
         self.bar = tqdm(total=total, desc=self.name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
@@ -2063,7 +2041,10 @@ class Run:
         self.pending.append({"step": self.step, "seconds": seconds, **metrics, "skipped": self.engine.skipped})
         self.bar.update()
         save, read = self.args.save_every and self.step % self.args.save_every == 0, self.step % self.read_every == 0
-        if save or read:
+        signals = list(_signals)
+        if self.world > 1:
+            signals = [x for some in gather_lists([signals], self.world) for x in some] if read else []
+        if save or read or signals:  # before the checkpoint: a resumed run does not take these steps again
             self.flush()
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
@@ -2075,13 +2056,9 @@ class Run:
                 self.state |= {"best": found, "best_step": self.step}
                 with writing(self.folder / "best"):
                     self.write(self.folder / "best")
-        signals = _signals
-        if self.world > 1:
-            signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []
         if save or signals:
             self.checkpoint()
         if signals:
-            self.flush()
             if self.rank == 0:
                 words = [*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])]
                 print(
@@ -2141,7 +2118,7 @@ class Run:
                 if merge and model is not plain(model):
                     model.save_pretrained(part / "adapter")
                     model = model.merge_and_unload()
-                model.save_pretrained(part)
+                model.save_pretrained(part, **({} if model is plain(model) else {"selected_adapters": ["default"]}))
                 self.tokenizer.save_pretrained(part)
                 if folder.parent == self.folder:  # final/, best/
                     (part / "README.md").write_text(model_card(self.args, self.name), encoding="utf-8")

@@ -49,10 +49,10 @@ the place of a baseline; one update a rollout (--ppo_epochs 1, --batch_size equa
 draw 8 responses for V* (sample.py --n 8), whose rewards are 0 or 1; they let beta_1 differ from beta.
 
 Where the KL goes: into the reward, as a return-to-go (remax, reinforce++) or whole (rloo), or into the loss (grpo; k3).
-What is clipped: each token's ratio, as in PPO, for all four unless --ratio says otherwise. That is the papers' for grpo
+What is clipped: each token's ratio, as in PPO, for all but astar, unless --ratio says otherwise. That is the papers' for grpo
 and reinforce++; ReMax and RLOO take one unclipped step per rollout, which is --ppo_epochs 1 with --batch_size equal to
 --rollout_batch_size: the ratio is then 1, and the gradients of --ratio token (with --loss_mean token) and sequence differ
-by the factor D / N alone. --loss_mean sequence gives a token of a long response less weight.
+by the factor D / N alone. With --ratio token, --loss_mean sequence gives a token of a long response less weight.
 
 What differs from ppo.py: no critic, hence no values, no gae and no second optimizer; several responses to a prompt, or
 a greedy one beside each. A token is credited with all that comes of its response.
@@ -126,9 +126,9 @@ class Args:
     reward: tuple[str, ...] = ()
     """instead of a reward model, functions of your own, added: `check.py:correct 0.1*check.py:short`; see docs/data.md"""
     baseline: Literal["remax", "rloo", "grpo", "reinforce++", "astar", "dpo"] = "rloo"
-    """what a response's reward is compared with: the greedy response, the other samples, or all of the rollout"""
+    """what a reward is compared with: the greedy response's, those of the same prompt (rloo, grpo, dpo), the rollout's, or V* (astar)"""
     n: int = -1
-    """responses per prompt; -1: 4 for rloo and grpo, which compare them, 2 for dpo, else 1"""
+    """responses per prompt; -1: 4 for rloo and grpo, 2 for dpo, else 1"""
     data: str = "toy"
     """prompts: `toy`, a hub name, or a .json/.jsonl(.gz)/.parquet file with `prompt`; several, comma-separated"""
     split: str = "train"
@@ -154,7 +154,7 @@ class Args:
     micro_tokens: int = 4096
     """tokens per forward pass on one rank, in scoring and in training; a longer sequence is a pass of its own"""
     padding: bool = False
-    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
+    """one padded sequence per row instead of packed rows: for families that cannot keep packed sequences apart"""
     ppo_epochs: int = 2
     """passes over each rollout"""
     clip: float = 0.2
@@ -166,12 +166,12 @@ class Args:
     ratio: Literal["token", "sequence", "gspo"] = "token"
     """the importance ratio: of each token; of the whole response, one action; of that to the power 1 / length (GSPO)"""
     loss_mean: Literal["token", "sequence", "sum"] = "token"
-    """what the loss is: the mean of all response tokens; of each response's own mean (1/|o| of the GRPO paper); or the
-    sum over tokens by the most that there could be, max_response_tokens a response (Dr. GRPO)"""
+    """the loss is the mean over all response tokens; or over responses of each one's own mean (1/|o| of the GRPO paper); or
+    the sum over tokens, divided by max_response_tokens for each response (Dr. GRPO)"""
     group_std: bool = True
     """grpo divides by the standard deviation of a prompt's rewards; --no_group_std does not (Dr. GRPO)"""
     kl_coef: float = 0.05
-    """beta, the strength of the KL, in units of the standardised reward, for grpo of the advantage"""
+    """beta, the strength of the KL: in units of the standardised reward; for grpo, in those of the advantage"""
     value_beta: float = 0.0
     """beta_1 of V*, for astar; 0: that of --kl_coef"""
     kl_target: float = 0.0
@@ -193,7 +193,7 @@ class Args:
     max_response_tokens: int = 48
     """a response is sampled until EOS or this length"""
     eval_data: str = ""
-    """held-out prompts, of which a response to each is judged during training: a file or hub name"""
+    """held-out prompts; one response to each is judged during training: a file or hub name"""
     eval_split: str = "test"
     """the part of --eval_data to read"""
     eval_every: int = 0
@@ -281,11 +281,11 @@ def regression_loss(logp, ref_logp, advantage, mask, normalizer, beta: float):
     return ((beta * total - advantage[:, 0]).square() * mask.any(1)).sum() / normalizer
 
 
-def pair_advantages(reward, log_ratio, n: int, beta: float):
+def pair_advantages(reward, log_ratios, n: int, beta: float):
     """w for the best response to each prompt, -w for the worst, 0 for others: what DPO's loss on that pair multiplies the
-    gradient of log pi(y) by, negated and divided by beta. reward (B,), a prompt's n beside each other; log_ratio (B,), log pi(y)
+    gradient of log pi(y) by, negated and divided by beta. reward (B,), a prompt's n beside each other; log_ratios (B,), log pi(y)
     / pi_ref(y). Of equal rewards none is better: 0."""
-    groups, ratios = reward.view(-1, n), log_ratio.view(-1, n)
+    groups, ratios = reward.view(-1, n), log_ratios.view(-1, n)
     ends = torch.stack([groups.argmax(1), groups.argmin(1)], 1)
     best, worst = ratios.gather(1, ends).unbind(1)
     weight = torch.sigmoid(-beta * (best - worst)) * (groups.amax(1) > groups.amin(1))
@@ -313,7 +313,7 @@ def reward_advantages(reward, kl, mask, *, baseline: str, n=1, other=None, kl_co
 
 # Copied from dvpo.dvpo_loss
 def dvpo_loss(logp, old_logp, advantage, mask, normalizer, *, clip: float = 0.2):
-    """eq. 3, negated: (B, T) each, normalizer = response tokens of the whole optimizer step. Returns (loss, clipped
+    """PPO's clipped objective (DVPO eq. 3), negated: (B, T) each, normalizer = response tokens of the optimizer step. Returns (loss, clipped
     tokens): both sums over micro-batches and ranks."""
     ratio = torch.exp((logp - old_logp) * mask)
     unclipped, clipped = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
@@ -352,7 +352,7 @@ def policy_loss(
 
 def k3_loss(logp, ref_logp, weight, normalizer):
     """sum of weight (e^-d - 1 + d), d = logp - ref_logp: never negative, and on policy the KL in expectation. Its
-    gradient there is that of the reverse divergence, KL(ref || pi); (B, T) each, weight 0 where masked."""
+    gradient there is that of the forward KL, KL(ref || pi); (B, T) each, weight 0 where masked."""
     d = (logp - ref_logp) * (weight > 0)
     return ((torch.exp(-d) - 1 + d) * weight).sum() / normalizer
 
@@ -401,7 +401,9 @@ class TextReward:
         self.model = whole_or_parts(RewardModel(model, self.decoder).to(device), self.reading)
         # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
         self.limit = getattr(config, "max_position_embeddings", None) or 10**9
-        part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
+        part = (
+            10**9 if self.decoder else self.limit // 2 - 3
+        )  # an encoder's pair is cut to fit; RoBERTa keeps two positions back
         self.limits = SimpleNamespace(max_prompt_tokens=part, max_response_tokens=part)
 
     def __call__(
@@ -449,7 +451,7 @@ class FunctionReward:
             path, _, function = place.rpartition(":")
             try:
                 if not (path.endswith(".py") and Path(path).is_file()):
-                    raise OSError(f"{path or place} is no file of Python")
+                    raise OSError(f"{path or place} is not a Python file")
                 found = importlib.util.spec_from_file_location(Path(path).stem, path)
                 module = importlib.util.module_from_spec(found)
                 found.loader.exec_module(module)
@@ -520,7 +522,7 @@ def score_sequences(model, sequences, pad_token_id: int, args, rank: int, world:
                 given = model(*collate_scored([row[2] for row in micro], pad_token_id, device, args))
                 index = torch.tensor([i for _, real, _, i in micro if real], dtype=torch.long, device=device)
                 scores.index_add_(0, index, given[: len(index)])
-        found += (all_sum(scores) if world > 1 else scores).tolist()
+        found += all_sum(scores).tolist()
     return found
 
 
@@ -591,12 +593,7 @@ def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[li
             max_new_tokens=args.max_response_tokens, do_sample=False, use_cache=True,
             cache_implementation="static" if captured else None,
         )  # fmt: skip
-    ends = engine.module.ends
-    responses = []
-    for row in out[:, width:].tolist():
-        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
-        responses.append(row[:length])
-    return responses
+    return [cut_at(row, [], engine.module.ends)[0] for row in out[:, width:].tolist()]
 
 
 # Copied from dvpo.unwrapped
@@ -742,8 +739,8 @@ def now(device) -> float:
 
 # Copied from dvpo.over_ranks
 def over_ranks(rows, widths, found_of, rank: int, world: int, args, device, *sizes) -> list:
-    """What `found_of` (a micro-batch, with each row's index behind it) gives: tensors of len(rows) rows of `widths`,
-    computed without gradients, shared out over the ranks by `sizes` as micro_batches has it; all get all."""
+    """A tensor (len(rows), width) for each of `widths`, from what `found_of` gives for a micro-batch (of rows with their index
+    appended), without gradients. Rows are shared out over the ranks by `sizes`, as in micro_batches; every rank gets all."""
     out = [torch.zeros(len(rows), width, device=device) for width in widths]
     with torch.no_grad():
         for micro in micro_batches([(*row, i) for i, row in enumerate(rows)], rank, world, args, *sizes)[0]:
@@ -757,28 +754,25 @@ def over_ranks(rows, widths, found_of, rank: int, world: int, args, device, *siz
 def padded(lists, device, fill: float = 0.0):
     """(B, n) fp32 of lists of different lengths."""
     width = max(map(len, lists))
-    return torch.tensor([[*x, *[fill] * (width - len(x))] for x in lists], device=device)
+    table = torch.tensor([[*x, *[fill] * (width - len(x))] for x in lists], dtype=torch.float32)
+    return table.to(device, non_blocking=True)
 
 
 def check_drawn(args):
-    """Stops where sample.py's own record, beside --data, is of other responses than V* needs: the reference's, at this run's
-    temperature, all of them, scored by this run's reward."""
-    beside = Path(args.data).with_name("args.json")
-    drawn = json.loads(beside.read_text()) if beside.is_file() else {}
-    place = lambda name: str(Path(name).resolve())
-    asked = {
-        "policy": place(args.reference or args.policy),
-        "reward": list(args.reward),
-        "temperature": args.temperature,
-    }
-    asked |= {"top_p": 1, "best_of": 1, "greedy": False} | (
-        {} if args.reward else {"reward_model": place(args.reward_model)}
-    )
-    for name in asked.keys() & drawn.keys():
-        found = place(drawn[name]) if name in ("policy", "reward_model") else drawn[name]
-        if found != asked[name]:
-            stop(f"--baseline astar: {args.data} was drawn with --{name} {found}; this run needs {asked[name]} there. Draw anew "
-                 "with `python sample.py`")  # fmt: skip
+    """Stops where --data is not a file, or where sample.py's own record beside it is of other responses than V* needs: the
+    reference's, at this run's temperature, all of them, scored by this run's reward."""
+    asked = {"policy": args.reference or args.policy, "reward": list(args.reward), "temperature": args.temperature}
+    asked |= {"top_p": 1, "best_of": 1, "greedy": False} | ({} if args.reward else {"reward_model": args.reward_model})
+    place = lambda x: Path(x).resolve() if isinstance(x, str) else x
+    for file in map(str.strip, args.data.split(",")):
+        if not is_file(file):
+            stop(f"--baseline astar needs `python sample.py`'s file as --data, and {file!r} is none")
+        beside = Path(file).with_name("args.json")
+        drawn = json.loads(beside.read_text()) if beside.is_file() else {}
+        for name in asked.keys() & drawn.keys():
+            if place(drawn[name]) != place(asked[name]):
+                stop(f"--baseline astar: {file} was drawn with --{name} {drawn[name]}; this run needs {asked[name]} there. Draw "
+                     "anew with `python sample.py`")  # fmt: skip
 
 
 def drawn_scores(row: dict, reward, args) -> list[float]:
@@ -849,9 +843,7 @@ def train(args: Args) -> Path:
     ):
         stop(f"--ratio {args.ratio} makes one term of each response: give --baseline rloo or grpo, --objective ppo and "
              "--loss_mean sequence with it")  # fmt: skip
-    given = [
-        name for name in ("objective", "ratio", "loss_mean", "tis_cap") if getattr(args, name) != getattr(Args, name)
-    ]
+    given = [name for name in ("objective", "loss_mean", "tis_cap") if getattr(args, name) != getattr(Args, name)]
     if args.baseline == "astar" and (given or args.kl_target or not args.kl_coef):
         stop("--baseline astar is a regression with a fixed beta: --kl_coef above 0 and --kl_target 0; and --objective, --ratio, "
              "--loss_mean and --tis_cap have no part in it")  # fmt: skip
@@ -957,8 +949,8 @@ def train(args: Args) -> Path:
             shuffle = shuffled(len(responses), args.seed, f"{step}/{epoch}")
             for first in range(0, len(responses), args.batch_size):
                 batch = [(prompts[i], responses[i], i) for i in shuffle[first : first + args.batch_size]]
-                of = sum(len(r) for _, r, _ in batch) if args.loss_mean == "token" else len(batch)
-                of = len(batch) if args.baseline == "astar" else of
+                by_token = args.loss_mean == "token" and args.baseline != "astar"
+                of = sum(len(r) for _, r, _ in batch) if by_token else len(batch)
                 of *= args.max_response_tokens if args.loss_mean == "sum" else 1
                 update = ((step * args.ppo_epochs + epoch) * len(responses) + first) // args.batch_size
                 engine.set_rate(args.learning_rate * schedule(update, 1, args.warmup_steps, "constant"))
@@ -976,9 +968,8 @@ def train(args: Args) -> Path:
                     if args.baseline == "astar":
                         loss, clipped = regression_loss(logp, ref, adv, inputs.response_mask, of, beta), 0
                     else:
-                        off = log_ratio(
-                            old, drawn_at, inputs.response_mask, args.ratio
-                        )  # the engine's, of the same kind
+                        # the engine's ratio, of the same kind
+                        off = log_ratio(old, drawn_at, inputs.response_mask, args.ratio)
                         adv = adv * w * truncated_weights(off, 0.0, inputs.response_mask, args.tis_cap)
                         loss, clipped = policy_loss(
                             logp, old, adv, inputs.response_mask, of, clip=args.clip, clip_high=args.clip_high,
@@ -1043,7 +1034,7 @@ def main(argv=None):
 
 
 # Copied from sft.BOUNDS
-BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean something; any other number is 0 or more
+BOUNDS = {  # (lowest, highest); a lower default is allowed too, as -1 and 0 often mean something. Others: 0 or more
     **dict.fromkeys(("steps", "epochs", "batch_size", "rollout_batch_size", "ppo_epochs", "n", "best_of"), (1, math.inf)),
     **dict.fromkeys(("micro_tokens", "max_prompt_tokens", "max_response_tokens", "max_skipped"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "critic_learning_rate", "gamma", "temperature", "clip", "kl_horizon"), (1e-12, math.inf)),
@@ -1214,7 +1205,7 @@ def by_deepspeed(args) -> bool:
 
 # Copied from sft.all_sum
 def all_sum(x):
-    """Sum over ranks, for logging."""
+    """Sum over ranks, in place; x as it is without several."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -1231,6 +1222,7 @@ def gather_lists(lists: list, world: int) -> list:
 
 
 # Copied from sft.shuffled
+@functools.lru_cache(1)  # one order serves all steps of an epoch
 def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
@@ -1320,10 +1312,10 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
                     found.append(("", f"{source} row {numbers[i] + 1}: {why}"[:1000]))
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
-        several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
+        several = os.cpu_count() if len(raw) > 20000 else None
         try:
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
-                            num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+                            num_proc=several, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
             why = error if isinstance(error, OSError) else error.__context__
             if not isinstance(why, OSError):
@@ -1416,6 +1408,7 @@ def canonical(row: dict) -> dict:
         whole = lambda i: row["responses"][i].get("complete") is not False
         best = max(range(len(scores)), key=lambda i: (scores[i] is not None, whole(i), scores[i] or 0))
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
+        row |= {} if whole(best) else {"complete": False}
     return row
 
 
@@ -1426,8 +1419,8 @@ def as_messages(prompt) -> list[dict]:
     text = lambda m: isinstance(m, dict) and all(isinstance(m.get(field), str) for field in ("role", "content"))
     if not chat or not isinstance(chat, list) or not all(map(text, chat)):
         raise ValueError("field prompt is missing, or neither a string nor a list of {role, content} messages")
-    if not any(m["content"].strip() for m in chat):
-        raise ValueError("field prompt is empty")
+    if not any(m["content"].strip() for m in chat if m["role"] != "system"):
+        raise ValueError("field prompt is empty, or has a system message only")
     return chat
 
 
@@ -1520,7 +1513,7 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor | None  # (B, L), from 0 in each sequence; None where each has a row
     predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
     target: torch.Tensor  # (N,) those response tokens
-    cell: torch.Tensor  # (N,) their flat positions in (B, T)
+    cell: torch.Tensor  # (N,) their flat positions in (R, T)
     response_mask: torch.Tensor  # (R, T) bool, of R sequences
 
 
@@ -1626,6 +1619,7 @@ def missing(name: str, command: str = ""):
 
 # Copied from sft.load_tokenizer
 def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     import toy
@@ -1635,7 +1629,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         tokenizer = toy.tokenizer() if name == "toy" else load(name)
         if chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
-    except (OSError, ValueError) as error:
+            control_tokens(tokenizer)  # else a template's error would be told as a row's
+    except (OSError, ValueError, TemplateError) as error:
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
@@ -1693,8 +1688,7 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         config = toy.config(**labels) if name == "toy" else load(name, **trust, **labels)
         for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
             setattr(config, key, 0.0)
-        kinds = ["Classification" in x for x in config.architectures or ()]
-        if kind == "causal" and any(kinds):
+        if kind == "causal" and any("Classification" in x for x in config.architectures or ()):
             stop(f"{name} is a reward or value model, and a language model is wanted here: name another")
         auto = model_class(kind, config)
         with zero_3(args):
@@ -1733,7 +1727,7 @@ def lora_config(model, args, head: str | None = None):
     from transformers.pytorch_utils import Conv1D
 
     names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler", "dense_head"})
+    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler"})
     return LoraConfig(
         r=args.lora_r, lora_alpha=32, lora_dropout=getattr(args, "lora_dropout", 0.0), target_modules=targets,
         modules_to_save=[head] if head else None,
@@ -1762,7 +1756,7 @@ def plain(model):
 
 # Copied from sft.check_packing
 def check_packing(module, args):
-    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    """Stops if the family mixes up sequences in one row. module: a policy, value or reward model, or an engine around one."""
     model = plain(getattr(module, "module", module).model)
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
         if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
@@ -1771,7 +1765,7 @@ def check_packing(module, args):
 
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
-    """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
+    """A causal LM that returns log-probabilities of the response tokens: (R, T) fp32, 0 where masked. Given the weight
     of a token it returns -Σ weight · logp instead, a scalar. Only response positions go through the LM head."""
 
     def __init__(self, model):
@@ -1946,9 +1940,8 @@ def claim(args, ends=("summary.json", "final")) -> bool:
     here, mine = folder.resolve(), ("lock", "args.json.part")  # what a run has that was killed before it began
     found = [x for x in folder.iterdir() if x.name not in mine] if folder.is_dir() else []
     again = bool(found) and args.resume
-    names = {
-        f"--{name} {x}": Path(x) for name, x in settings.items() if isinstance(x, str) and x and name != "output_dir"
-    }
+    given = {name: x.split(",") for name, x in settings.items() if isinstance(x, str) and name != "output_dir"}
+    names = {f"--{name} {x.strip()}": Path(x.strip()) for name, some in given.items() for x in some if x.strip()}
     held = ["the folder you are in"] if Path.cwd().is_relative_to(here) else []
     held += [
         name for name, path in names.items() if not again and path.resolve().is_relative_to(here) and path.exists()
@@ -2047,7 +2040,7 @@ def model_card(args, script: str) -> str:
 
 # Copied from sft.Run
 class Run:
-    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, best/, final/, summary.json."""
 
     def __init__(
         self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
@@ -2061,7 +2054,6 @@ class Run:
             )
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
-        self.trackers = []
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         self.skipped, self.updates_skipped, self.read_every = 0, 0, 1 if hasattr(args, "rollout_batch_size") else 10
         ended = rank == 0 and claim(args)
@@ -2082,8 +2074,8 @@ class Run:
             sizes = [(getattr(p, "ds_numel", p.numel()) / 1e6, p.requires_grad) for p in engine.module.parameters()]
             tokens = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
             print(f"{self.name}: {of}, {sum(n for n, _ in sizes):.4g} M parameters, {sum(n for n, on in sizes if on):.4g} M trained, "
-                  f"learning rate {args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * tokens} "
-                  f"tokens a step; what no flag gives is {self.settings}")  # fmt: skip
+                  f"learning rate {args.learning_rate:g}, batch size {getattr(args, 'rollout_batch_size', args.batch_size)}, at most "
+                  f"{tokens} tokens a sequence; what no flag gives is {self.settings}")  # fmt: skip
         self.bar = tqdm(total=total, desc=self.name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
@@ -2134,7 +2126,10 @@ class Run:
         self.pending.append({"step": self.step, "seconds": seconds, **metrics, "skipped": self.engine.skipped})
         self.bar.update()
         save, read = self.args.save_every and self.step % self.args.save_every == 0, self.step % self.read_every == 0
-        if save or read:
+        signals = list(_signals)
+        if self.world > 1:
+            signals = [x for some in gather_lists([signals], self.world) for x in some] if read else []
+        if save or read or signals:  # before the checkpoint: a resumed run does not take these steps again
             self.flush()
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
@@ -2146,13 +2141,9 @@ class Run:
                 self.state |= {"best": found, "best_step": self.step}
                 with writing(self.folder / "best"):
                     self.write(self.folder / "best")
-        signals = _signals
-        if self.world > 1:
-            signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []
         if save or signals:
             self.checkpoint()
         if signals:
-            self.flush()
             if self.rank == 0:
                 words = [*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])]
                 print(
@@ -2212,7 +2203,7 @@ class Run:
                 if merge and model is not plain(model):
                     model.save_pretrained(part / "adapter")
                     model = model.merge_and_unload()
-                model.save_pretrained(part)
+                model.save_pretrained(part, **({} if model is plain(model) else {"selected_adapters": ["default"]}))
                 self.tokenizer.save_pretrained(part)
                 if folder.parent == self.folder:  # final/, best/
                     (part / "README.md").write_text(model_card(self.args, self.name), encoding="utf-8")

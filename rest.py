@@ -56,7 +56,7 @@ from kernels import head_name, hidden_states, logit_gap, model_class, packing_ga
 @dataclass
 class Args:
     policy: str = "runs/sft/final"
-    """the policy to optimise, who drew the responses: a Hugging Face folder or hub name with a chat template"""
+    """the policy to optimise, which drew the responses: a Hugging Face folder or hub name with a chat template"""
     data: str = "runs/sample/graded.jsonl"
     """graded rows `prompt, responses: [{text, score}]` from sample.py, a hub name, or a file; several, comma-separated"""
     split: str = "train"
@@ -66,7 +66,7 @@ class Args:
     output_dir: str = "runs/rest"
     """the run's folder: args.json, metrics.jsonl, checkpoints/, final/"""
     seed: int = 0
-    """seed of data order and dropout"""
+    """seed of data order and of LoRA's initial weights"""
     quantiles: tuple[float, ...] = (0.5, 0.75, 0.9)
     """one improve step each: the share of all responses that its threshold leaves out, rising"""
     epochs: int = 2
@@ -84,7 +84,7 @@ class Args:
     micro_tokens: int = 4096
     """tokens per forward pass on one rank; a longer sequence is a pass of its own"""
     padding: bool = False
-    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
+    """one padded sequence per row instead of packed rows: for families that cannot keep packed sequences apart"""
     max_prompt_tokens: int = 64
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 48
@@ -129,8 +129,8 @@ PRESETS = {
 
 
 def threshold(rewards: list[float], quantile: float) -> float:
-    """The least reward r such that a share `quantile` of all rewards or more is below the kept ones {>= r}; of equal
-    rewards all or none are kept, and the best always are."""
+    """The least reward r with at least a share `quantile` of all rewards below it; those >= r are kept. Of equal rewards
+    all or none are kept, the best always."""
     ordered = sorted(rewards)
     at = ordered[min(int(quantile * len(ordered)), len(ordered) - 1)]
     below = sum(r < at for r in ordered)
@@ -188,11 +188,7 @@ def load_scored(tokenizer, args):
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
-    if (
-        not args.quantiles
-        or not all(0 <= q < 1 for q in args.quantiles)
-        or sorted(args.quantiles) != list(args.quantiles)
-    ):
+    if not args.quantiles or sorted(args.quantiles) != list(args.quantiles) or args.quantiles[-1] >= 1:
         stop(f"--quantiles {' '.join(map(str, args.quantiles))}: numbers from 0 to below 1, rising")
     missing(args.policy, "python sft.py")
     tokenizer = load_tokenizer(args.policy, args)
@@ -217,7 +213,6 @@ def train(args: Args) -> Path:
     policy.check(engine)
     check_packing(engine, args)
     run = Run(args, engine, model, tokenizer, rank, len(plan), started)
-    torch.manual_seed(args.seed + 1000 + rank)  # dropout; a resumed run restores the generator's state instead
     run.restore()
     policy.train()
     for step in range(run.step, len(plan)):
@@ -257,7 +252,7 @@ def main(argv=None):
 
 
 # Copied from sft.BOUNDS
-BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean something; any other number is 0 or more
+BOUNDS = {  # (lowest, highest); a lower default is allowed too, as -1 and 0 often mean something. Others: 0 or more
     **dict.fromkeys(("steps", "epochs", "batch_size", "rollout_batch_size", "ppo_epochs", "n", "best_of"), (1, math.inf)),
     **dict.fromkeys(("micro_tokens", "max_prompt_tokens", "max_response_tokens", "max_skipped"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "critic_learning_rate", "gamma", "temperature", "clip", "kl_horizon"), (1e-12, math.inf)),
@@ -428,7 +423,7 @@ def by_deepspeed(args) -> bool:
 
 # Copied from sft.all_sum
 def all_sum(x):
-    """Sum over ranks, for logging."""
+    """Sum over ranks, in place; x as it is without several."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -445,6 +440,7 @@ def gather_lists(lists: list, world: int) -> list:
 
 
 # Copied from sft.shuffled
+@functools.lru_cache(1)  # one order serves all steps of an epoch
 def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
@@ -534,10 +530,10 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
                     found.append(("", f"{source} row {numbers[i] + 1}: {why}"[:1000]))
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
-        several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
+        several = os.cpu_count() if len(raw) > 20000 else None
         try:
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
-                            num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+                            num_proc=several, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
             why = error if isinstance(error, OSError) else error.__context__
             if not isinstance(why, OSError):
@@ -618,6 +614,7 @@ def canonical(row: dict) -> dict:
         whole = lambda i: row["responses"][i].get("complete") is not False
         best = max(range(len(scores)), key=lambda i: (scores[i] is not None, whole(i), scores[i] or 0))
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
+        row |= {} if whole(best) else {"complete": False}
     return row
 
 
@@ -628,8 +625,8 @@ def as_messages(prompt) -> list[dict]:
     text = lambda m: isinstance(m, dict) and all(isinstance(m.get(field), str) for field in ("role", "content"))
     if not chat or not isinstance(chat, list) or not all(map(text, chat)):
         raise ValueError("field prompt is missing, or neither a string nor a list of {role, content} messages")
-    if not any(m["content"].strip() for m in chat):
-        raise ValueError("field prompt is empty")
+    if not any(m["content"].strip() for m in chat if m["role"] != "system"):
+        raise ValueError("field prompt is empty, or has a system message only")
     return chat
 
 
@@ -722,7 +719,7 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor | None  # (B, L), from 0 in each sequence; None where each has a row
     predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
     target: torch.Tensor  # (N,) those response tokens
-    cell: torch.Tensor  # (N,) their flat positions in (B, T)
+    cell: torch.Tensor  # (N,) their flat positions in (R, T)
     response_mask: torch.Tensor  # (R, T) bool, of R sequences
 
 
@@ -828,6 +825,7 @@ def missing(name: str, command: str = ""):
 
 # Copied from sft.load_tokenizer
 def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     import toy
@@ -837,7 +835,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         tokenizer = toy.tokenizer() if name == "toy" else load(name)
         if chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
-    except (OSError, ValueError) as error:
+            control_tokens(tokenizer)  # else a template's error would be told as a row's
+    except (OSError, ValueError, TemplateError) as error:
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
@@ -895,8 +894,7 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         config = toy.config(**labels) if name == "toy" else load(name, **trust, **labels)
         for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
             setattr(config, key, 0.0)
-        kinds = ["Classification" in x for x in config.architectures or ()]
-        if kind == "causal" and any(kinds):
+        if kind == "causal" and any("Classification" in x for x in config.architectures or ()):
             stop(f"{name} is a reward or value model, and a language model is wanted here: name another")
         auto = model_class(kind, config)
         with zero_3(args):
@@ -935,7 +933,7 @@ def lora_config(model, args, head: str | None = None):
     from transformers.pytorch_utils import Conv1D
 
     names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler", "dense_head"})
+    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler"})
     return LoraConfig(
         r=args.lora_r, lora_alpha=32, lora_dropout=getattr(args, "lora_dropout", 0.0), target_modules=targets,
         modules_to_save=[head] if head else None,
@@ -964,7 +962,7 @@ def plain(model):
 
 # Copied from sft.check_packing
 def check_packing(module, args):
-    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    """Stops if the family mixes up sequences in one row. module: a policy, value or reward model, or an engine around one."""
     model = plain(getattr(module, "module", module).model)
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
         if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
@@ -973,7 +971,7 @@ def check_packing(module, args):
 
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
-    """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
+    """A causal LM that returns log-probabilities of the response tokens: (R, T) fp32, 0 where masked. Given the weight
     of a token it returns -Σ weight · logp instead, a scalar. Only response positions go through the LM head."""
 
     def __init__(self, model):
@@ -1148,9 +1146,8 @@ def claim(args, ends=("summary.json", "final")) -> bool:
     here, mine = folder.resolve(), ("lock", "args.json.part")  # what a run has that was killed before it began
     found = [x for x in folder.iterdir() if x.name not in mine] if folder.is_dir() else []
     again = bool(found) and args.resume
-    names = {
-        f"--{name} {x}": Path(x) for name, x in settings.items() if isinstance(x, str) and x and name != "output_dir"
-    }
+    given = {name: x.split(",") for name, x in settings.items() if isinstance(x, str) and name != "output_dir"}
+    names = {f"--{name} {x.strip()}": Path(x.strip()) for name, some in given.items() for x in some if x.strip()}
     held = ["the folder you are in"] if Path.cwd().is_relative_to(here) else []
     held += [
         name for name, path in names.items() if not again and path.resolve().is_relative_to(here) and path.exists()
@@ -1249,7 +1246,7 @@ def model_card(args, script: str) -> str:
 
 # Copied from sft.Run
 class Run:
-    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, best/, final/, summary.json."""
 
     def __init__(
         self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
@@ -1263,7 +1260,6 @@ class Run:
             )
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
-        self.trackers = []
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         self.skipped, self.updates_skipped, self.read_every = 0, 0, 1 if hasattr(args, "rollout_batch_size") else 10
         ended = rank == 0 and claim(args)
@@ -1284,8 +1280,8 @@ class Run:
             sizes = [(getattr(p, "ds_numel", p.numel()) / 1e6, p.requires_grad) for p in engine.module.parameters()]
             tokens = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
             print(f"{self.name}: {of}, {sum(n for n, _ in sizes):.4g} M parameters, {sum(n for n, on in sizes if on):.4g} M trained, "
-                  f"learning rate {args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * tokens} "
-                  f"tokens a step; what no flag gives is {self.settings}")  # fmt: skip
+                  f"learning rate {args.learning_rate:g}, batch size {getattr(args, 'rollout_batch_size', args.batch_size)}, at most "
+                  f"{tokens} tokens a sequence; what no flag gives is {self.settings}")  # fmt: skip
         self.bar = tqdm(total=total, desc=self.name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
@@ -1336,7 +1332,10 @@ class Run:
         self.pending.append({"step": self.step, "seconds": seconds, **metrics, "skipped": self.engine.skipped})
         self.bar.update()
         save, read = self.args.save_every and self.step % self.args.save_every == 0, self.step % self.read_every == 0
-        if save or read:
+        signals = list(_signals)
+        if self.world > 1:
+            signals = [x for some in gather_lists([signals], self.world) for x in some] if read else []
+        if save or read or signals:  # before the checkpoint: a resumed run does not take these steps again
             self.flush()
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
@@ -1348,13 +1347,9 @@ class Run:
                 self.state |= {"best": found, "best_step": self.step}
                 with writing(self.folder / "best"):
                     self.write(self.folder / "best")
-        signals = _signals
-        if self.world > 1:
-            signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []
         if save or signals:
             self.checkpoint()
         if signals:
-            self.flush()
             if self.rank == 0:
                 words = [*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])]
                 print(
@@ -1414,7 +1409,7 @@ class Run:
                 if merge and model is not plain(model):
                     model.save_pretrained(part / "adapter")
                     model = model.merge_and_unload()
-                model.save_pretrained(part)
+                model.save_pretrained(part, **({} if model is plain(model) else {"selected_adapters": ["default"]}))
                 self.tokenizer.save_pretrained(part)
                 if folder.parent == self.folder:  # final/, best/
                     (part / "README.md").write_text(model_card(self.args, self.name), encoding="utf-8")

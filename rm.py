@@ -78,17 +78,17 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient clipping by global norm; 0 turns it off"""
     batch_size: int = 8
-    """rows (a pair, or all responses of a graded row) per optimizer step, over all ranks (paper: 4; 8 for its 8 GPUs)"""
+    """rows (a pair, or all responses of a graded row) per optimizer step, over all ranks (paper: 4; here 8, a row for each of its 8 GPUs)"""
     micro_tokens: int = 4096
     """tokens per forward pass on one rank; a longer sequence is a pass of its own"""
     padding: bool = False
-    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
+    """one padded sequence per row instead of packed rows: for families that cannot keep packed sequences apart"""
     max_prompt_tokens: int = 64
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 64
     """a longer response is cut, and then has no end token"""
     eval_share: float = 0.05
-    """share of the prompts held out for the accuracy that is told"""
+    """share of the prompts held out to measure accuracy on"""
     eval_data: str = ""
     """held-out rows of the same kind, in the place of --eval_share: a file or hub name"""
     eval_split: str = "test"
@@ -121,7 +121,7 @@ class Args:
     """allow code that comes with a hub model"""
 
 
-PAPER = {  # what a flag that is not given means for any model but toy.py's; the DVPO paper's settings
+PAPER = {  # defaults for any model but toy.py's: the DVPO paper's settings
     "data": "openbmb/UltraFeedback", "split": "train[30%:80%]", "epochs": 2, "learning_rate": 2e-5, "warmup_steps": 0,
     "max_prompt_tokens": 512, "max_response_tokens": 512, "lora_r": 8,
 }  # fmt: skip
@@ -188,7 +188,7 @@ def distinct_pad(tokenizer):
         spare = [t.content for i, t in added if t.special and i not in {*ends, tokenizer.bos_token_id}]
         if spare:
             tokenizer.pad_token = next((t for t in spare if "pad" in t.lower()), spare[-1])
-        else:
+        elif os.environ.get("RANK", "0") == "0":
             print("warning: the tokenizer has no special token but EOS to pad with: stock pipelines will score the "
                   "token before EOS. Scripts of this project go by length and are not affected")  # fmt: skip
 
@@ -211,7 +211,7 @@ def score_sequences(model, sequences, pad_token_id: int, args, rank: int, world:
                 given = model(*collate_scored([row[2] for row in micro], pad_token_id, device, args))
                 index = torch.tensor([i for _, real, _, i in micro if real], dtype=torch.long, device=device)
                 scores.index_add_(0, index, given[: len(index)])
-        found += (all_sum(scores) if world > 1 else scores).tolist()
+        found += all_sum(scores).tolist()
     return found
 
 
@@ -260,7 +260,8 @@ def sequences_of(tokenizer, row: dict, decoder: bool, args) -> list:
         prompt, responses, scores = encode_graded(tokenizer, row, args)
         sequences = [prompt + response for response in responses]
     else:
-        responses, scores = graded(row), [float(r["score"]) for r in graded(row)]
+        responses = graded(row)
+        scores = [float(r["score"]) for r in responses]
         sequences = [encode_pair(tokenizer, row.get("prompt"), r.get("text"), args) for r in responses]
     return [(json.dumps(row["prompt"]), sequences, scores)] if len(set(scores)) > 1 else []
 
@@ -300,6 +301,10 @@ def train(args: Args) -> Path:
         chosen = {keys[i] for i in shuffled(len(keys), args.seed, -1)[: int(args.eval_share * len(keys))]}
         training = [i for i, key in enumerate(asked) if key not in chosen]
         held_out = [questions[i] for i, key in enumerate(asked) if key in chosen]
+        if args.keep_best and args.eval_share and not held_out:  # a share of 0 is refused by Run
+            stop(
+                f"--keep_best: --eval_share {args.eval_share} of {len(keys)} prompts holds out none: give more, or --eval_data"
+            )
     if not training:
         stop(f"{args.data} ({args.split}) has no pair of responses with different scores: there is nothing to learn")
     torch.manual_seed(args.seed)
@@ -316,11 +321,12 @@ def train(args: Args) -> Path:
     run.restore()
     reward_model.train()
 
-    @functools.lru_cache(1)  # once for a number of updates: the last step's is the closing one
+    @functools.lru_cache(1)  # the closing look is the last step's own, where that had one
     def look(updates: int) -> dict:
         reward_model.eval()
         found = held_out_pairs(engine, held_out, tokenizer.pad_token_id, args, rank, world, device)
-        if args.keep_best or updates == total:  # what is kept knows its rewards' mean and standard deviation
+        # an adapter, as LoRA's best/ is, has no config to hold them
+        if updates == total or (args.keep_best and not args.lora_r):
             sequences = [sequence for i in training[:1000] for sequence in questions[i][1]]
             rewards = torch.tensor(
                 score_sequences(engine, sequences, tokenizer.pad_token_id, args, rank, world, device)
@@ -351,9 +357,8 @@ def train(args: Args) -> Path:
             loss, right = reward_loss(rewards[better], rewards[worse], pairs)
             engine.backward(loss, last=micro is micros[-1])
             sums += torch.stack([loss.detach(), right / pairs])
-        grad_norm = engine.step()
+        rates = {"learning_rate": engine.rate, "grad_norm": engine.step()}
         loss, accuracy = all_sum(sums)
-        rates = {"learning_rate": engine.rate, "grad_norm": grad_norm}
         if args.eval_every and (step + 1) % args.eval_every == 0:
             rates |= look(step + 1)
         run.log({"loss": loss, "accuracy": accuracy, **rates, "pairs": pairs, "useful_tokens": useful})
@@ -378,7 +383,7 @@ def main(argv=None):
 
 
 # Copied from sft.BOUNDS
-BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean something; any other number is 0 or more
+BOUNDS = {  # (lowest, highest); a lower default is allowed too, as -1 and 0 often mean something. Others: 0 or more
     **dict.fromkeys(("steps", "epochs", "batch_size", "rollout_batch_size", "ppo_epochs", "n", "best_of"), (1, math.inf)),
     **dict.fromkeys(("micro_tokens", "max_prompt_tokens", "max_response_tokens", "max_skipped"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "critic_learning_rate", "gamma", "temperature", "clip", "kl_horizon"), (1e-12, math.inf)),
@@ -549,7 +554,7 @@ def by_deepspeed(args) -> bool:
 
 # Copied from sft.all_sum
 def all_sum(x):
-    """Sum over ranks, for logging."""
+    """Sum over ranks, in place; x as it is without several."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -566,6 +571,7 @@ def gather_lists(lists: list, world: int) -> list:
 
 
 # Copied from sft.shuffled
+@functools.lru_cache(1)  # one order serves all steps of an epoch
 def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
@@ -655,10 +661,10 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
                     found.append(("", f"{source} row {numbers[i] + 1}: {why}"[:1000]))
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
-        several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
+        several = os.cpu_count() if len(raw) > 20000 else None
         try:
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
-                            num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+                            num_proc=several, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
             why = error if isinstance(error, OSError) else error.__context__
             if not isinstance(why, OSError):
@@ -751,6 +757,7 @@ def canonical(row: dict) -> dict:
         whole = lambda i: row["responses"][i].get("complete") is not False
         best = max(range(len(scores)), key=lambda i: (scores[i] is not None, whole(i), scores[i] or 0))
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
+        row |= {} if whole(best) else {"complete": False}
     return row
 
 
@@ -761,8 +768,8 @@ def as_messages(prompt) -> list[dict]:
     text = lambda m: isinstance(m, dict) and all(isinstance(m.get(field), str) for field in ("role", "content"))
     if not chat or not isinstance(chat, list) or not all(map(text, chat)):
         raise ValueError("field prompt is missing, or neither a string nor a list of {role, content} messages")
-    if not any(m["content"].strip() for m in chat):
-        raise ValueError("field prompt is empty")
+    if not any(m["content"].strip() for m in chat if m["role"] != "system"):
+        raise ValueError("field prompt is empty, or has a system message only")
     return chat
 
 
@@ -932,6 +939,7 @@ def missing(name: str, command: str = ""):
 
 # Copied from sft.load_tokenizer
 def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     import toy
@@ -941,7 +949,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         tokenizer = toy.tokenizer() if name == "toy" else load(name)
         if chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
-    except (OSError, ValueError) as error:
+            control_tokens(tokenizer)  # else a template's error would be told as a row's
+    except (OSError, ValueError, TemplateError) as error:
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
@@ -999,8 +1008,7 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         config = toy.config(**labels) if name == "toy" else load(name, **trust, **labels)
         for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
             setattr(config, key, 0.0)
-        kinds = ["Classification" in x for x in config.architectures or ()]
-        if kind == "causal" and any(kinds):
+        if kind == "causal" and any("Classification" in x for x in config.architectures or ()):
             stop(f"{name} is a reward or value model, and a language model is wanted here: name another")
         auto = model_class(kind, config)
         with zero_3(args):
@@ -1039,7 +1047,7 @@ def lora_config(model, args, head: str | None = None):
     from transformers.pytorch_utils import Conv1D
 
     names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler", "dense_head"})
+    targets = sorted(names - {"lm_head", "embed_out", "score", "classifier", "pooler"})
     return LoraConfig(
         r=args.lora_r, lora_alpha=32, lora_dropout=getattr(args, "lora_dropout", 0.0), target_modules=targets,
         modules_to_save=[head] if head else None,
@@ -1068,7 +1076,7 @@ def plain(model):
 
 # Copied from sft.check_packing
 def check_packing(module, args):
-    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    """Stops if the family mixes up sequences in one row. module: a policy, value or reward model, or an engine around one."""
     model = plain(getattr(module, "module", module).model)
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
         if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
@@ -1224,9 +1232,8 @@ def claim(args, ends=("summary.json", "final")) -> bool:
     here, mine = folder.resolve(), ("lock", "args.json.part")  # what a run has that was killed before it began
     found = [x for x in folder.iterdir() if x.name not in mine] if folder.is_dir() else []
     again = bool(found) and args.resume
-    names = {
-        f"--{name} {x}": Path(x) for name, x in settings.items() if isinstance(x, str) and x and name != "output_dir"
-    }
+    given = {name: x.split(",") for name, x in settings.items() if isinstance(x, str) and name != "output_dir"}
+    names = {f"--{name} {x.strip()}": Path(x.strip()) for name, some in given.items() for x in some if x.strip()}
     held = ["the folder you are in"] if Path.cwd().is_relative_to(here) else []
     held += [
         name for name, path in names.items() if not again and path.resolve().is_relative_to(here) and path.exists()
@@ -1325,7 +1332,7 @@ def model_card(args, script: str) -> str:
 
 # Copied from sft.Run
 class Run:
-    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, final/, summary.json."""
+    """The run folder: args.json, metrics.jsonl (one object a step), checkpoints/, snapshots/, best/, final/, summary.json."""
 
     def __init__(
         self, args, engine, model, tokenizer, rank: int, total: int, started: float, bar=("loss",), best="eval_loss"
@@ -1339,7 +1346,6 @@ class Run:
             )
         self.started, self.bar_keys, self.world, self.step = started, bar, engine.world, 0
         self.settings, self.pending, self.state = getattr(args, "settings", "as in the code"), [], {}
-        self.trackers = []
         self.folder, token = Path(args.output_dir), uuid.uuid4().hex
         self.skipped, self.updates_skipped, self.read_every = 0, 0, 1 if hasattr(args, "rollout_batch_size") else 10
         ended = rank == 0 and claim(args)
@@ -1360,8 +1366,8 @@ class Run:
             sizes = [(getattr(p, "ds_numel", p.numel()) / 1e6, p.requires_grad) for p in engine.module.parameters()]
             tokens = args.max_prompt_tokens + args.max_response_tokens + getattr(args, "tau_tokens", 0)
             print(f"{self.name}: {of}, {sum(n for n, _ in sizes):.4g} M parameters, {sum(n for n, on in sizes if on):.4g} M trained, "
-                  f"learning rate {args.learning_rate:g}, at most {getattr(args, 'rollout_batch_size', args.batch_size) * tokens} "
-                  f"tokens a step; what no flag gives is {self.settings}")  # fmt: skip
+                  f"learning rate {args.learning_rate:g}, batch size {getattr(args, 'rollout_batch_size', args.batch_size)}, at most "
+                  f"{tokens} tokens a sequence; what no flag gives is {self.settings}")  # fmt: skip
         self.bar = tqdm(total=total, desc=self.name, disable=rank > 0, dynamic_ncols=True, mininterval=pause)
 
     def restore(self):
@@ -1412,7 +1418,10 @@ class Run:
         self.pending.append({"step": self.step, "seconds": seconds, **metrics, "skipped": self.engine.skipped})
         self.bar.update()
         save, read = self.args.save_every and self.step % self.args.save_every == 0, self.step % self.read_every == 0
-        if save or read:
+        signals = list(_signals)
+        if self.world > 1:
+            signals = [x for some in gather_lists([signals], self.world) for x in some] if read else []
+        if save or read or signals:  # before the checkpoint: a resumed run does not take these steps again
             self.flush()
         if getattr(self.args, "snapshot_every", 0) and self.step % self.args.snapshot_every == 0:
             with writing(self.folder / "snapshots"):  # before the checkpoint: what a kill leaves half is made again
@@ -1424,13 +1433,9 @@ class Run:
                 self.state |= {"best": found, "best_step": self.step}
                 with writing(self.folder / "best"):
                     self.write(self.folder / "best")
-        signals = _signals
-        if self.world > 1:
-            signals = [x for some in gather_lists([list(_signals)], self.world) for x in some] if read else []
         if save or signals:
             self.checkpoint()
         if signals:
-            self.flush()
             if self.rank == 0:
                 words = [*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])]
                 print(
@@ -1490,7 +1495,7 @@ class Run:
                 if merge and model is not plain(model):
                     model.save_pretrained(part / "adapter")
                     model = model.merge_and_unload()
-                model.save_pretrained(part)
+                model.save_pretrained(part, **({} if model is plain(model) else {"selected_adapters": ["default"]}))
                 self.tokenizer.save_pretrained(part)
                 if folder.parent == self.folder:  # final/, best/
                     (part / "README.md").write_text(model_card(self.args, self.name), encoding="utf-8")

@@ -1,7 +1,8 @@
 """Responses of a policy, scored: the graded rows that vcb.py, dpo.py, rest.py (and gvm.py) learn from.
 
 n responses per prompt are drawn from any causal LM and scored by a reward model, which reads *text* with its own
-tokenizer, or by the toy world's gold reward. One row a prompt: {"prompt", "responses": [{"text", "score", "policy"}]}.
+tokenizer, by functions of your own (--reward), or by the toy world's gold reward. One row a prompt:
+{"prompt", "responses": [{"text", "score", "policy", "complete"}]}.
 VCB and the methods that it is compared with all learn from one such file, drawn from the SFT model (VCB, section 4.3).
 
 Deterministic: the noise that picks a token is a function of (seed, prompt, sample, position) alone   `keyed_gumbel`
@@ -73,7 +74,7 @@ class Args:
     skip_bad_rows: bool = False
     """leave out rows of your own file that cannot be used (as is done with hub data) instead of stopping at the first"""
     output_dir: str = "runs/sample"
-    """the run's folder: args.json, graded.jsonl, and while it runs parts/"""
+    """the run's folder: args.json, graded.jsonl, summary.json, and parts/, what each rank wrote"""
     seed: int = 0
     """seed of the noise"""
     n: int = 8
@@ -91,7 +92,7 @@ class Args:
     micro_tokens: int = 16384
     """tokens per forward pass of the reward model, on one rank"""
     padding: bool = False
-    """a sequence per row, padded, where rows are else packed: for families that cannot tell packed sequences apart"""
+    """one padded sequence per row instead of packed rows: for families that cannot keep packed sequences apart"""
     max_prompt_tokens: int = 64
     """a row with a longer prompt cannot be used"""
     max_response_tokens: int = 48
@@ -179,12 +180,7 @@ def sample_responses(engine, prompts, noise, tokenizer, args, device) -> list[li
             max_new_tokens=args.max_response_tokens, do_sample=False, use_cache=True,
             cache_implementation="static" if captured else None,
         )  # fmt: skip
-    ends = engine.module.ends
-    responses = []
-    for row in out[:, width:].tolist():
-        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
-        responses.append(row[:length])
-    return responses
+    return [cut_at(row, [], engine.module.ends)[0] for row in out[:, width:].tolist()]
 
 
 # Copied from dvpo.unwrapped
@@ -323,7 +319,7 @@ def merged_weights(model):
         yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter.detach()
 
 
-def end_tokens(name: str, tokenizer) -> list[int]:
+def end_tokens(name: str, tokenizer) -> set[int]:
     """The ids that end a response, as `Policy.ends`, without loading the weights."""
     from transformers import GenerationConfig
 
@@ -331,13 +327,9 @@ def end_tokens(name: str, tokenizer) -> list[int]:
         ends = GenerationConfig.from_pretrained(name).eos_token_id
     except OSError:
         ends = None
-    return sorted(
-        {
-            tokenizer.eos_token_id,
-            control_tokens(tokenizer)[0],
-            *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
-        }
-    )
+    return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, control_tokens(tokenizer)[0]} - {
+        None
+    }
 
 
 def cut_at(tokens: list[int], logps: list[float], ends):
@@ -409,7 +401,7 @@ def score_sequences(model, sequences, pad_token_id: int, args, rank: int, world:
                 given = model(*collate_scored([row[2] for row in micro], pad_token_id, device, args))
                 index = torch.tensor([i for _, real, _, i in micro if real], dtype=torch.long, device=device)
                 scores.index_add_(0, index, given[: len(index)])
-        found += (all_sum(scores) if world > 1 else scores).tolist()
+        found += all_sum(scores).tolist()
     return found
 
 
@@ -449,7 +441,9 @@ class TextReward:
         self.model = whole_or_parts(RewardModel(model, self.decoder).to(device), self.reading)
         # The policy's limits on length count tokens of another tokenizer; the model's own positions are the limit here.
         self.limit = getattr(config, "max_position_embeddings", None) or 10**9
-        part = 10**9 if self.decoder else self.limit // 2 - 2  # an encoder's pair is cut to fit, as in training
+        part = (
+            10**9 if self.decoder else self.limit // 2 - 3
+        )  # an encoder's pair is cut to fit; RoBERTa keeps two positions back
         self.limits = SimpleNamespace(max_prompt_tokens=part, max_response_tokens=part)
 
     def __call__(
@@ -496,7 +490,7 @@ class FunctionReward:
             path, _, function = place.rpartition(":")
             try:
                 if not (path.endswith(".py") and Path(path).is_file()):
-                    raise OSError(f"{path or place} is no file of Python")
+                    raise OSError(f"{path or place} is not a Python file")
                 found = importlib.util.spec_from_file_location(Path(path).stem, path)
                 module = importlib.util.module_from_spec(found)
                 found.loader.exec_module(module)
@@ -523,7 +517,7 @@ class FunctionReward:
 
 
 def read_parts(folder: Path, batches: list[list[int]]) -> dict[int, dict]:
-    """{index of a prompt: its row} of what an earlier run wrote, whole batches only; the rest is cut off the files."""
+    """{index of a prompt: its row} of what is written so far, whole batches only."""
     rows = {}
     for path in sorted(folder.glob("rank_*.jsonl")):
         for line in path.read_bytes().split(b"\n"):  # not splitlines: text may hold other ends of line
@@ -563,8 +557,6 @@ def graded_row(prompt, drawn: list[tuple[str, bool, float]], args) -> dict:
 def train(args: Args) -> Path:
     started = time.time()
     rank, world, device = init_distributed(args)
-    if min(args.n, args.best_of) < 1 or not args.temperature > 0 or not 0 < args.top_p <= 1:
-        stop("--n and --best_of must be 1 or more, --temperature above 0 (or --greedy), --top_p above 0 and at most 1")
     if args.greedy and args.n * args.best_of > 1:
         stop("--greedy gives one response to a prompt: add --n 1 --best_of 1")
     missing(args.policy, "python sft.py")
@@ -628,8 +620,8 @@ def train(args: Args) -> Path:
     graded = folder / "graded.jsonl"
     if rank == 0:
         rows = read_parts(folder / "parts", batches)
-        lost = len(questions) - len(rows)
-        assert not lost, f"{lost} prompts have no row"
+        if len(rows) < len(questions):
+            stop(f"--output_dir {folder} is not one folder for all hosts: name one on a file system of all")
         write_rows(graded, [{k: v for k, v in rows[i].items() if k != "index"} for i in range(len(questions))])
         scores = [response["score"] for row in rows.values() for response in row["responses"]]
         summary = {"prompts": len(rows), "responses": len(scores), "score": round(sum(scores) / len(scores), 5),
@@ -655,7 +647,7 @@ def main(argv=None):
 
 
 # Copied from sft.BOUNDS
-BOUNDS = {  # of flags, or their default if that is lower: -1 and 0 often mean something; any other number is 0 or more
+BOUNDS = {  # (lowest, highest); a lower default is allowed too, as -1 and 0 often mean something. Others: 0 or more
     **dict.fromkeys(("steps", "epochs", "batch_size", "rollout_batch_size", "ppo_epochs", "n", "best_of"), (1, math.inf)),
     **dict.fromkeys(("micro_tokens", "max_prompt_tokens", "max_response_tokens", "max_skipped"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "critic_learning_rate", "gamma", "temperature", "clip", "kl_horizon"), (1e-12, math.inf)),
@@ -826,7 +818,7 @@ def by_deepspeed(args) -> bool:
 
 # Copied from sft.all_sum
 def all_sum(x):
-    """Sum over ranks, for logging."""
+    """Sum over ranks, in place; x as it is without several."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -843,6 +835,7 @@ def gather_lists(lists: list, world: int) -> list:
 
 
 # Copied from sft.shuffled
+@functools.lru_cache(1)  # one order serves all steps of an epoch
 def shuffled(n: int, seed: int, epoch) -> list[int]:
     """The order of an epoch, a function of seed and epoch alone: a resumed run finds its place without reading back."""
     order = list(range(n))
@@ -923,10 +916,10 @@ def load_data(args, kind: str, encode_row, name: str = "", split: str = ""):
                     found.append(("", f"{source} row {numbers[i] + 1}: {why}"[:1000]))
             return {"example": [example for example, _ in found], "bad": [bad for _, bad in found]}
 
-        several = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(raw) > 20000 else None
+        several = os.cpu_count() if len(raw) > 20000 else None
         try:
             table = raw.map(encoded, with_indices=True, batched=True, remove_columns=raw.column_names, features=features,
-                            num_proc=several or None, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
+                            num_proc=several, new_fingerprint=uuid.uuid4().hex)  # fmt: skip
         except (OSError, ValueError) as error:  # of a full disk a ValueError is left, the file being closed
             why = error if isinstance(error, OSError) else error.__context__
             if not isinstance(why, OSError):
@@ -1007,6 +1000,7 @@ def canonical(row: dict) -> dict:
         whole = lambda i: row["responses"][i].get("complete") is not False
         best = max(range(len(scores)), key=lambda i: (scores[i] is not None, whole(i), scores[i] or 0))
         row |= {"completion": row["responses"][best].get("text"), "answer": "best"}
+        row |= {} if whole(best) else {"complete": False}
     return row
 
 
@@ -1017,8 +1011,8 @@ def as_messages(prompt) -> list[dict]:
     text = lambda m: isinstance(m, dict) and all(isinstance(m.get(field), str) for field in ("role", "content"))
     if not chat or not isinstance(chat, list) or not all(map(text, chat)):
         raise ValueError("field prompt is missing, or neither a string nor a list of {role, content} messages")
-    if not any(m["content"].strip() for m in chat):
-        raise ValueError("field prompt is empty")
+    if not any(m["content"].strip() for m in chat if m["role"] != "system"):
+        raise ValueError("field prompt is empty, or has a system message only")
     return chat
 
 
@@ -1111,7 +1105,7 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor | None  # (B, L), from 0 in each sequence; None where each has a row
     predict: torch.Tensor  # (N,) flat positions in (B, L) whose next token is a response token
     target: torch.Tensor  # (N,) those response tokens
-    cell: torch.Tensor  # (N,) their flat positions in (B, T)
+    cell: torch.Tensor  # (N,) their flat positions in (R, T)
     response_mask: torch.Tensor  # (R, T) bool, of R sequences
 
 
@@ -1200,6 +1194,7 @@ def missing(name: str, command: str = ""):
 
 # Copied from sft.load_tokenizer
 def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     import toy
@@ -1209,7 +1204,8 @@ def load_tokenizer(name: str, args, chat_template: str = "", chat: bool = True):
         tokenizer = toy.tokenizer() if name == "toy" else load(name)
         if chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else Path(chat_template).read_text()
-    except (OSError, ValueError) as error:
+            control_tokens(tokenizer)  # else a template's error would be told as a row's
+    except (OSError, ValueError, TemplateError) as error:
         told = f" with --chat_template {chat_template}" if chat_template else ""
         stop(f"cannot load a tokenizer from {name!r}{told}: {error}".split("\n")[0])
     if chat and not tokenizer.chat_template:
@@ -1267,8 +1263,7 @@ def load_model(kind: str, name: str, tokenizer, args, frozen: bool = False):
         config = toy.config(**labels) if name == "toy" else load(name, **trust, **labels)
         for key in [k for k in config.to_dict() if "dropout" in k or "pdrop" in k]:
             setattr(config, key, 0.0)
-        kinds = ["Classification" in x for x in config.architectures or ()]
-        if kind == "causal" and any(kinds):
+        if kind == "causal" and any("Classification" in x for x in config.architectures or ()):
             stop(f"{name} is a reward or value model, and a language model is wanted here: name another")
         auto = model_class(kind, config)
         with zero_3(args):
@@ -1308,7 +1303,7 @@ def plain(model):
 
 # Copied from sft.check_packing
 def check_packing(module, args):
-    """Stops where the family of a policy, value or reward model, or of an engine of one, mixes up sequences in one row."""
+    """Stops if the family mixes up sequences in one row. module: a policy, value or reward model, or an engine around one."""
     model = plain(getattr(module, "module", module).model)
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=args.bf16):
         if not args.padding and not packing_gap(model) < (0.05 if args.bf16 else 1e-3):
@@ -1317,7 +1312,7 @@ def check_packing(module, args):
 
 # Copied from sft.Policy
 class Policy(torch.nn.Module):
-    """A causal LM that returns log-probabilities of the response tokens: (B, T) fp32, 0 where masked. Given the weight
+    """A causal LM that returns log-probabilities of the response tokens: (R, T) fp32, 0 where masked. Given the weight
     of a token it returns -Σ weight · logp instead, a scalar. Only response positions go through the LM head."""
 
     def __init__(self, model):
@@ -1389,9 +1384,8 @@ def claim(args, ends=("summary.json", "final")) -> bool:
     here, mine = folder.resolve(), ("lock", "args.json.part")  # what a run has that was killed before it began
     found = [x for x in folder.iterdir() if x.name not in mine] if folder.is_dir() else []
     again = bool(found) and args.resume
-    names = {
-        f"--{name} {x}": Path(x) for name, x in settings.items() if isinstance(x, str) and x and name != "output_dir"
-    }
+    given = {name: x.split(",") for name, x in settings.items() if isinstance(x, str) and name != "output_dir"}
+    names = {f"--{name} {x.strip()}": Path(x.strip()) for name, some in given.items() for x in some if x.strip()}
     held = ["the folder you are in"] if Path.cwd().is_relative_to(here) else []
     held += [
         name for name, path in names.items() if not again and path.resolve().is_relative_to(here) and path.exists()

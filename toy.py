@@ -1,6 +1,6 @@
 """A small language world whose true reward and true values are known exactly: the default of every script.
 
-A prompt asks for an opinion of one thing, of which WANTED = 3 clauses are wanted ("how is the soup ? please"); a response
+A prompt asks for an opinion of one thing in WANTED = 3 clauses ("how is the soup ? please"); a response
 is `[opener ,] clause (connective clause)* .` and EOS, a clause `the NOUN | it`, verb, `[not] [very]`, adjective. The
 gold reward adds one term a clause (`gold`), so that the world is a Markov chain over a small automaton with additive
 rewards, and the value of any prefix under any persona follows from two backward recursions, without sampling:
@@ -12,10 +12,10 @@ rewards, and the value of any prefix under any persona follows from two backward
 
 The reward is not clipped: a clipped sum would no longer be additive. Typos (misspelt words, words said again, any
 other) are drawn only from what is not grammatical where it stands, so each token plays one role and the likelihood of
-any text is exact too (a text cut at the cap aside: a garbler's, and never seen in thousands).
+any text is exact too (but for a text cut at the cap, which only typos make so long: none in thousands).
 That gives `bayes_values`: the best that a value model which sees trajectories of the policy could possibly predict.
 
-What makes it a test for values: "not" flips a clause that is not said yet; "it" carries an off-topic noun into later
+What makes it a test for values: "not" flips a clause before its adjective is said; "it" carries an off-topic noun into later
 clauses; a short answer leaves the rest unsaid; who writes (irony, rambling, typos) decides what will follow.
 Policies in the data carry opaque ids (`POLICY_IDS`), which are metadata only. Importing needs python and numpy; only
 `tokenizer` and `config` need transformers. `python toy.py` prints the cast.
@@ -121,7 +121,7 @@ class Persona:
     connectives: tuple
     clauses: float  # that it aims at
     sharp: float = 3.0  # how strictly it keeps to that
-    typo: float = 0.003  # at each token, of a word that does not fit there; at least 0.002: no text is impossible
+    typo: float = 0.003  # at each token, of a word that does not fit there; above 0: no text is impossible
 
     def p_stop(self, c):
         """Of "." after clause number c (1-based): a sigmoid in c around the aim."""

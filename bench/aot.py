@@ -141,11 +141,8 @@ def row_cases(core: bool):
 def other_cases(core: bool):
     for dtype in (torch.bfloat16,) if core else (torch.bfloat16, torch.float16, torch.float32):
         v, mask, one = torch.zeros(5000, dtype=dtype), torch.ones(5000, dtype=torch.bool), torch.ones(()).double()
-        yield f"{name_of(dtype)}", lambda v=v, mask=mask: values.moments_triton(v, mask)
-        yield (
-            f"{name_of(dtype)}",
-            lambda v=v, mask=mask, one=one: values.apply_triton(v, mask, one, one, torch.empty(5000)),
-        )
+        yield name_of(dtype), lambda v=v, mask=mask: values.moments_triton(v, mask)
+        yield name_of(dtype), lambda v=v, mask=mask, one=one: values.apply_triton(v, mask, one, one, torch.empty(5000))
     for n in (8,) if core else (1, 2, 4, 8, 16, 32, 64):
         for pairs in vcb.PAIRS:
             x, mask = torch.zeros(3, n), torch.ones(3, n, dtype=torch.bool)

@@ -11,7 +11,7 @@ and backward where logits or their gradient are kept, 4 where the backward compu
 its last slice); one less where the head is frozen. Rounds go through all methods in turn, so that a change of clock or
 load meets all alike; the figure is the median round. Memory is the peak over what was there before the call, gradients
 included: the allocator's on CUDA, the process's resident set on a CPU. The gradient error is |d - d64| / |d64|, norms
-over the whole of dHidden and of dWeight, d64 in fp64. What fails (memory, a package that does not run here) is one empty
+over the whole of dHidden and of dWeight, d64 in fp64. What fails (memory, a package that does not run here) costs one
 cell.
 
 Methods: plain torch (logits, log_softmax, gather), the same under torch.compile, F.linear_cross_entropy (whole and
@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import step
 from kernels import linear_logprob, linear_nll
 from kernels.logprob import operand_dtype, vocabulary_slices, workspace_bytes
 
@@ -189,13 +190,6 @@ def seconds(call, device):
     return time.perf_counter() - start
 
 
-def resident(key):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {key} in /proc/self/status")
-
-
 def peak_bytes(call, device):
     """Peak of what the call holds beyond what is there already; None where the system does not tell."""
     gc.collect()
@@ -209,11 +203,11 @@ def peak_bytes(call, device):
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = resident("VmRSS")
-        call()
-        return max(resident("VmHWM") - before, 0)
-    except (OSError, AttributeError, RuntimeError):
+        before = step.resident("VmRSS")
+    except (OSError, AttributeError):
         return None
+    call()
+    return max(step.resident("VmHWM") - before, 0)
 
 
 def reference(hidden, weight, target, token_weight, entropy):
@@ -334,7 +328,7 @@ def measure(case, device, rounds, skip):
     for unweighted, entropy in ((False, 0), (False, ENTROPY), (True, 0)):
         of_this_loss = [
             name for name, method in methods.items()
-            if ((method in UNWEIGHTED), ENTROPY if method is ours_entropy else 0) == (unweighted, entropy)
+            if (method in UNWEIGHTED, ENTROPY if method is ours_entropy else 0) == (unweighted, entropy)
             and "both" not in rows[name]["failed"]
         ]  # fmt: skip
         exact = None
@@ -362,14 +356,14 @@ def measure(case, device, rounds, skip):
 def gemm_times(result):
     """Seconds of 1 product, of 3, and of 4 (the fourth is the forward's, again); of 2 and 3 with a frozen head."""
     first, second, third = (statistics.median(x) for x in result["gemm"].values())
-    if result.get("setting") == "frozen head":
+    if result["setting"] == "frozen head":
         return {1: first, 2: first + second, 3: 2 * first + second}
     return {1: first, 3: first + second + third, 4: 2 * first + second + third}
 
 
 def median(row, kind):
-    """Seconds of a cell, None where it is empty."""
-    return statistics.median(row[kind]) if row.get(kind) and kind not in row.get("failed", {}) else None
+    """Seconds of a cell, None where it failed."""
+    return statistics.median(row[kind]) if row.get(kind) and kind not in row["failed"] else None
 
 
 def targets(result, device, workspace):
@@ -439,7 +433,7 @@ def show(report):
     print(f"{report['machine']['device']}, torch {report['versions']['torch']}, {report['date']}, "
           f"commit {report['commit']}, load before {report['machine']['load_before']}")  # fmt: skip
     for result in report["shapes"]:
-        print(f"\nN {result['n']}, D {result['d']}, V {result['v']}, {result.get('setting', 'all trained')}")
+        print(f"\nN {result['n']}, D {result['d']}, V {result['v']}, {result['setting']}")
         if "failed" in result:
             print(f"failed: {result['failed']}")
             continue
@@ -454,7 +448,7 @@ def show(report):
             if "products" not in row:
                 print(f"| {name} | {row['status']} | | | | | |")
                 continue
-            error = ", ".join(f"{x:.1e}" for x in (row.get("error") or {}).values()) or "not measured"
+            error = ", ".join(f"{x:.1e}" for x in (row["error"] or {}).values()) or "not measured"
             peaks = " | ".join(mib(row["memory"].get(kind)) for kind in ("forward", "both"))
             print(f"| {name} | {cell(row, 'forward', gemm[1])} | {cell(row, 'both', gemm[row['products']])} | "
                   f"{row['products']} | {peaks} | {error} |")  # fmt: skip
@@ -464,24 +458,6 @@ def show(report):
                 print(f"{name}: {row['status']}")
         for t in result["targets"]:
             print(f"{'met   ' if t['met'] else 'MISSED'} {t['what']}: {t['value']:.3f} (at most {t['limit']})")
-
-
-def commit():
-    def git(*args):
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "kernels") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main():
@@ -504,7 +480,7 @@ def main():
     rounds = args.rounds or {"cpu": 7, "cuda": 20}[args.device]
     cases = [(*args.shape, args.setting)] if args.shape else CASES[args.device]
     workspace = workspace_bytes(torch.device(args.device))
-    machine = {"device": cpu_name(), "threads": torch.get_num_threads(), "load_before": load}
+    machine = {"device": step.cpu_name(), "threads": torch.get_num_threads(), "load_before": load}
     if args.device == "cuda":
         machine["device"] = torch.cuda.get_device_name()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -517,7 +493,7 @@ def main():
         "machine": machine,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": version("triton")}
         | {package: version(package) for package in PACKAGES.values()},
-        "commit": commit(),
+        "commit": step.commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "workspace_bytes": workspace,
         "shapes": [],

@@ -334,7 +334,7 @@ def ratios(row: dict) -> dict:
 
 
 def table(report: dict) -> str:
-    """Markdown: a line for each method, with mean seconds and MiB of each side and ours / TRL's; then the losses."""
+    """Markdown: a line for each method, with median seconds and MiB of each side and ours / TRL's; then the losses."""
     s, v, others = report["settings"], report["versions"], ("ours_padded", "trl", "trl_selected")
     line = lambda *cells: f"| {' | '.join(cells)} |"
     head = lambda first, *rest: [line(first, *rest), line("---", *["---:"] * len(rest))]
@@ -353,7 +353,8 @@ def table(report: dict) -> str:
         "selecting, MiB",
     )
     for row in report["rows"]:
-        t, m, r = {side: statistics.mean(x) for side, x in row["seconds"].items()}, row["peak_memory_mb"], row["ratio"]
+        t = {side: statistics.median(x) for side, x in row["seconds"].items()}
+        m, r = row["peak_memory_mb"], row["ratio"]
         seconds = [f"{t[side]:.2f} ({r[side]['seconds']:.2f})" if side in r else "" for side in others]
         memory = [f"{m[side]:.0f} ({r[side]['memory']:.2f})" if side in r else "" for side in others]
         whole = " / ".join(f"{x['with_reference']:.2f}" for x in r.values()) if row["reference_seconds"]["ours"] else ""
@@ -383,15 +384,19 @@ def main():
     if args.show:
         print(table(json.loads(args.show.read_text())))
         return
-    methods = args.method.split(",") if args.method else COMPARED if args.losses else TIMED
-    if unknown := [method for method in methods if method not in METHODS]:
-        parser.error(f"--method {unknown[0]}: choose from {', '.join(METHODS)}")
+    known = COMPARED if args.losses else TIMED
+    methods = args.method.split(",") if args.method else known
+    if unknown := [method for method in methods if method not in known]:
+        parser.error(f"--method {unknown[0]}: choose from {', '.join(known)}")
+    try:
+        versions = {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers", "accelerate")}
+    except importlib.metadata.PackageNotFoundError as missing:
+        parser.error(f"{missing.name} is not installed: pip install trl")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says that it had to look
     s = settings(args.shape)
     report = {"settings": s, "losses": []} | (json.loads(args.output.read_text()) if args.output.is_file() else {})
     if "rows" not in report or (not args.losses and report["settings"] != s):
         report |= {"settings": s, "rows": []}
-    versions = {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers", "accelerate")}
     clock, date = "processor time on a machine that others use", time.strftime("%F %R UTC", time.gmtime())
     report |= {"device": step.cpu_name(), "clock": clock, "versions": versions, "commit": step.commit(), "date": date}
     part = "losses" if args.losses else "rows"

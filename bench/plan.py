@@ -35,7 +35,6 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
-import tyro
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gvm
@@ -96,7 +95,7 @@ class Job:
         self.tau = gvm.PAPER["tau_tokens"] if name == "dvpo" and args.tau_pairs else 0
         self.rollouts = flag("rollout_batch_size") // gpus
         again = 2 if flag("baseline") == "remax" else flag("best_of", 1)
-        self.drawn = args.batch_size if name == "sample" else self.rollouts * again  # responses sampled at a time
+        self.drawn = max(args.batch_size, args.n * again) if name == "sample" else self.rollouts * again  # at a time
         heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
         self.head_dim, self.heads = getattr(config, "head_dim", None) or config.hidden_size // heads, heads
         self.kv_heads, self.layers = kv_heads or heads, config.num_hidden_layers
@@ -301,16 +300,17 @@ def parsed(name: str, preset: str | None, argv: list[str]):
     script = importlib.import_module(name)
     if preset and preset not in script.PRESETS:
         fail(f"unknown preset {preset!r} of {name}.py: choose from {', '.join(script.PRESETS)}")
-    read = functools.partial(tyro.cli, script.Args, args=argv, use_underscores=True)
-    start = lambda args: getattr(args, "model", None) or args.policy
+    start, said = lambda args: getattr(args, "model", None) or args.policy, io.StringIO()
+    read = unittest.mock.patch.object(script, "train")  # the script reads its flags, and does not run
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            args = read(default=script.Args(**(script.PAPER | script.PRESETS[preset] if preset else {})))
-            if not preset and not toy.is_model(start(args)):
-                args = read(default=script.Args(**script.PAPER))
+        with read as train, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            script.main([preset] * bool(preset) + argv)
     except SystemExit:
+        if told := re.findall("^error: (.*)$", said.getvalue(), re.M):  # the script's own line
+            fail(told[0])
         wrong = [x for x in argv if x[:2] == "--" and not hasattr(script.Args, x[2:].split("=")[0].removeprefix("no_"))]
         fail(f"{name}.py has no flag {wrong[0]}" if wrong else f"{name}.py does not understand {' '.join(argv)}")
+    args = train.call_args.args[0]
     default = preset and start(args) == start(script.Args())
     return script, args, config_of(sft.PRESETS[preset]["model"] if default else start(args))
 
@@ -334,11 +334,12 @@ def changes(limit: float, script, args, config, gpus: int, *hardware) -> list[tu
     return []
 
 
-def table(limit: float = 80e9) -> str:
+def table() -> str:
     """docs/plan.md: every preset of every script on 8 GPUs, and the commands for one GPU in the scripts' first lines."""
     lines = ["# What the presets need", "", "Written by `python bench/plan.py --table`. Computed, not measured (`python bench/plan.py "
              "--help` says how): GB of each A100 of 80 GB, seconds of a step, all sequences as long as the preset allows. A GPU needs the largest "
              "of its phases. vcb.py and dpo.py score once, before the first step.", ""]  # fmt: skip
+    limit = 80e9
     for gpus in (8, 1):
         lines += [f"| {gpus} GPU{'s' * (gpus > 1)} | loading | rollout | scoring | update | optimizer step | host GB | disk GB "
                   "| s a step | fits |", "| --- |" + " ---: |" * 8 + " --- |"]  # fmt: skip

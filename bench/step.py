@@ -45,7 +45,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SHAPES = {  # the model; responses per rollout, per optimizer step and per micro-batch; tokens; bf16
+SHAPES = {  # the model; responses of a rollout and of an optimizer step; tokens of a micro-batch, a prompt, a response; bf16
     "tiny": (
         {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 4},
@@ -93,7 +93,8 @@ def tokenizer(vocabulary: int):
 
 
 def build(folder: Path, settings: dict):
-    """policy/, rm/ and gvm/ (with the adapter that --share_backbone reads, if asked) and prompts.jsonl."""
+    """policy/, rm/ and gvm/ (with the adapter that --share_backbone reads, if asked) and prompts.jsonl → parameters of the
+    layers and of the LM head."""
     import torch
     import transformers
 
@@ -190,7 +191,7 @@ def imported(algo: str, settings: dict):
 
 
 def worker(algo: str, folder: Path, settings: dict):
-    """Runs in a process of its own: the method's steps; rank's peak memory into a file."""
+    """The method's steps, in a process of its own; the rank's peak memory goes into a file."""
     import torch
 
     module, rank = imported(algo, settings), int(os.environ.get("RANK", 0))
@@ -221,7 +222,7 @@ def worker(algo: str, folder: Path, settings: dict):
         return time.process_time() if settings["clock"] == "cpu" else time.time()
 
     module.load_model, module.Run.restore, module.Run.finish = load_model, restoring, finish
-    module.time = SimpleNamespace(time=now)
+    module.time = SimpleNamespace(time=now, sleep=time.sleep)
     args = {name: settings[name] for name in ("rollout_batch_size", "batch_size", "micro_tokens", "zero_stage", "bf16",
                                               "gradient_checkpointing")}  # fmt: skip
     args |= {"policy": folder / "policy", "data": folder / "prompts.jsonl", "output_dir": folder / "run", "ppo_epochs": 4,
@@ -336,8 +337,8 @@ def summary(algo: str, found: list[tuple[dict, float]], settings: dict, size: di
 
 
 def add_ratios(rows: list[dict]):
-    """To PPO's row of the same call, of seconds the median over steps of both methods' step of the same round and number, so
-    that a slow minute of the machine is in both; None where there is no PPO."""
+    """Ratios to PPO's row of the same call. Of seconds: the median over pairs of steps with the same round and number, so that a
+    slow minute of the machine is in both. None where there is no PPO."""
     of = next((row for row in rows if row["algo"] == "ppo"), None)
     parts = {"update": ["update"], "scoring_update": ["scoring", "update"], "total": ["total"]}
 
@@ -379,7 +380,8 @@ def show(report: dict):
     if any("share_of_peak" in row for row in report["rows"]):
         print("\nshare of a matrix product's rate (rollout, scoring, update)")
         for row in report["rows"]:
-            print(f"  {row['algo']}: {', '.join(str(x) for x in row['share_of_peak'].values())}")
+            name = SHARED if row["share_backbone"] else row["algo"]
+            print(f"  {name}: {', '.join(map(str, row['share_of_peak'].values()))}")
 
 
 def git(*args):

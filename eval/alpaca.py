@@ -84,12 +84,12 @@ def main(argv=None):
     print(f"{folder / 'outputs.json'} written: {len(rows)} outputs of {args.name}")
     if len(rows) != 805:
         print("note: AlpacaEval has 805 prompts; a length-controlled win rate is only comparable over all of them")
-    program = shutil.which("alpaca_eval") or shutil.which("alpaca_eval", path=str(Path(sys.executable).parent))
-    if not args.run or not program:
-        print(("alpaca-eval is not installed (pip install alpaca-eval); " if not program else "") + "the command:")
+    executable = shutil.which("alpaca_eval") or shutil.which("alpaca_eval", path=str(Path(sys.executable).parent))
+    if not args.run or not executable:
+        print(("alpaca-eval is not installed (pip install alpaca-eval); " if not executable else "") + "the command:")
         print("  " + shlex.join(command(args)))
         return
-    done = subprocess.run([program, *command(args)[1:]])
+    done = subprocess.run([executable, *command(args)[1:]])
     if done.returncode:
         sft.stop(f"alpaca_eval failed (exit code {done.returncode}): its own message is above")
     board = folder / args.annotators_config / "leaderboard.csv"

@@ -216,7 +216,7 @@ def main(argv=None):
     found, _ = measure(
         Model(args.policy, tokenizer, args, device), reference, prompts, ids, args.n, args.seed, reward, args.batch_size
     )
-    sizes = [2**k for k in range(args.n.bit_length()) if 2**k <= args.n]
+    sizes = [2**k for k in range(args.n.bit_length())]
     curve = [{k: row[k] for k in ("n", "kl", "score")} for row in best_of_n(drawn["reward"]["reward"], sizes)]
     print(f"{'':12}{'reward':>9}   {'95 % interval':18}{'KL k1':>8}{'KL k3':>8}{'misaligned':>12}{'tokens':>8}")
     for name, row in (("reference", base), ("policy", found)):
@@ -228,6 +228,7 @@ def main(argv=None):
     for row in curve:
         print(f"best of {row['n']:<4}{row['score']:9.3f}   {'KL at most':18}{row['kl']:8.2f}")
     if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(
             json.dumps({"policy": found, "reference": base, "best_of_n": curve}, indent=2) + "\n"
         )

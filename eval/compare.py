@@ -2,9 +2,9 @@
 
     python eval/compare.py --a runs/dvpo-* --b runs/mine-*
 
-A side is one run folder or several, as the scripts write them: those of one setting, a seed each. Of every metric that
-both sides log a run has one number, its mean over the last tenth of steps; a side the mean of its runs; and b - a a 95 %
-interval over runs:
+A side is one run folder or several, as the scripts write them: those of one setting, a seed each. For every metric
+that both sides log, a run counts with its mean over the last tenth of steps, a side with the mean of its runs, and b - a
+comes with a 95 % interval over runs:
     same seeds on both sides: of the differences seed by seed, Student's t (1908)                          `paired`
     else: of the difference of the means, with Welch's degrees of freedom (1947)                            `welch`
 One run a side gives a difference and no interval. Writes compare.html and compare.png into --output_dir: curves of these
@@ -30,7 +30,7 @@ from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sft
-from eval import program, report
+from eval import demo, program, report
 from eval import samples as eval_samples
 from eval.report import Raw, Run, esc, plain, precise
 
@@ -53,7 +53,7 @@ class Args:
 
 
 def folders(words: tuple[str, ...]) -> list[Path]:
-    """The folders meant, each once; a pattern that the shell has left as it is is one here too."""
+    """The folders named, each once; a pattern that the shell did not expand is expanded here."""
     found = [
         path for word in words for path in (sorted(glob.glob(word)) if not Path(word).exists() else [word]) or [word]
     ]
@@ -66,11 +66,8 @@ def read_side(name: str, words: tuple[str, ...], notes: list[str]) -> list[Run]:
     for folder in folders(words):
         if not folder.exists():
             why.append(f"{plain(folder)} is not there")
-        elif folder.is_dir() and len((run := report.read_run(folder)).curves):
-            aside = re.fullmatch(
-                r"(.*)\.\d+", folder.name
-            )  # an earlier run, moved aside; kl0.1 may be a name of itself
-            if aside and Path(str(run.args.get("output_dir"))).name == aside[1]:
+        elif folder.is_dir() and (run := report.read_run(folder)).curves:
+            if demo.moved_aside(folder, run.args):
                 why.append(f"{plain(folder)} is an earlier run that was moved aside")
                 continue
             notes += [f"{plain(folder)}: {note}" for note in run.notes]
@@ -268,7 +265,7 @@ def measured(sides: list[list[Run]], notes: list[str]) -> tuple[list[Row], list[
 
 
 def verdicts(rows: list[Row]) -> list[str]:
-    """Of the metrics that say most, in words; which they are does not depend on what they are."""
+    """The main metrics' verdicts in words. The choice of metrics does not look at their numbers."""
     best = [row for row in rows if row.name in report.FIRST[:-1]][:1] or rows[:1]
     return [row.verdict() for row in [*best, *(row for row in rows if row.name == "kl" and row not in best)]]
 
@@ -297,11 +294,11 @@ def draw(sides: list[list[Run]], metrics: list[str], ink: str) -> Figure:
 
 
 def page(sides: list[list[Run]], rows: list[Row], summary: list[Row], flags: list, notes: list[str]) -> str:
-    names, strokes = side_lines(sides), ("currentColor", report.CONTRAST)
+    strokes = ("currentColor", ""), (report.CONTRAST, ' stroke-dasharray="7 4"')
     key = [
-        f'<svg width="34" height="12" aria-hidden="true"><path d="M1 6H33" stroke="{colour}" stroke-width="2.5"'
-        f"{' stroke-dasharray=&quot;7 4&quot;'.replace('&quot;', chr(34)) * i}/></svg><span>{esc(name)}</span>"
-        for i, (colour, name) in enumerate(zip(strokes, names))
+        f'<svg width="34" height="12" aria-hidden="true"><path d="M1 6H33" stroke="{colour}" stroke-width="2.5"{dash}/></svg>'
+        f"<span>{esc(name)}</span>"
+        for (colour, dash), name in zip(strokes, side_lines(sides))
     ]
     legend = Raw('<div class="who"><div>' + "</div><div>".join(key) + "</div></div>")
     a, b = labels(sides)
@@ -310,9 +307,8 @@ def page(sides: list[list[Run]], rows: list[Row], summary: list[Row], flags: lis
     changed = [(flag, *(Raw(f"<code>{esc(x)}</code>") for x in found)) for flag, *found in flags]
     parts.append(report.section("flags", "Flags that differ", report.table(("flag", "a", "b"), changed, "text flags")
                  if flags else report.p("None, but for seeds and places.")))  # fmt: skip
-    breaks = lambda cell: Raw(
-        re.sub(r"(\[.*\])", r'<span class="interval">\1</span>', esc(cell))
-    )  # before it, if need be
+    # a line may break before an interval, not within it
+    breaks = lambda cell: Raw(re.sub(r"(\[.*\])", r'<span class="interval">\1</span>', esc(cell)))
     name = lambda row: Raw(esc(row.name).replace("_", "_<wbr>"))
     cells = lambda row: (name(row), row.word, *map(breaks, row.cells()[2:]))
     lines = [*map(cells, rows), *([["Of the whole run"]] if summary else []), *map(cells, summary)]
@@ -374,7 +370,7 @@ def run(args: Args) -> list[Row]:
     print(
         eval_samples.table(("flags that differ", "a", "b"), changed)
         if flags
-        else "the flags are the same; what differs is in the code",
+        else "no flags differ, but for seeds and places",
         end="\n\n",
     )
     head = ("mean of the last tenth of steps", "b is", "b − a", "a", "b")

@@ -3,11 +3,12 @@
     python eval/demo.py runs/demo
 
 Every policy found there (any run folder with a causal model) is sampled on the held-out prompts and graded by the gold
-reward, which no model was trained on, and by the reward model (`rm`, if there), the proxy that VCB and others learn from;
-snapshots of a policy in training give its line of reward against KL. The GVM (`gvm`, and `gvm_no_tau` if there) is compared, token by token, with the exact
-values of the policies that wrote held-out texts, given a trajectory of the right policy and one of another policy. Two
-yardsticks stand beside it: the best predictor that knows only the token's position, and the Bayes-optimal predictor that
-knows all policies exactly and infers from tau and prefix which one is writing.
+reward, which no model was trained on, and by the reward model (`rm`, if there), the proxy that VCB and others learn
+from. Snapshots of a policy in training give its line of reward against KL. The GVM (`gvm`, and `gvm_no_tau` if there) is
+compared, token by token, with the exact values of the policies that wrote held-out texts, given a trajectory of the
+right policy and one of another policy. Two yardsticks stand beside it: the best predictor that knows only the token's
+position, and the Bayes-optimal predictor that knows all policies exactly and infers from tau and prefix which one is
+writing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -159,6 +161,19 @@ def yardsticks(pairs: int, seed: int = 0, policies=toy.TRAIN_POLICIES) -> dict:
     return {name: fit(list(zip(guess, exact, strict=True))) for name, guess in guesses.items()}
 
 
+def share_of_way(gvm_results: dict, tokens: str = "all") -> float:
+    """How far the GVM goes, in correlation, from knowing the position only (0) to Bayes-optimal with tau (1)."""
+    yard = gvm_results["yardsticks"]
+    low, high = (yard[name][tokens]["correlation"] for name in ("position", "bayes_tau"))
+    return (gvm_results["right_tau"][tokens]["correlation"] - low) / (high - low)
+
+
+def moved_aside(run: Path, args: dict) -> bool:
+    """Whether a run is NAME.1, an earlier run of NAME; kl0.1 may be a name in its own right."""
+    earlier = re.fullmatch(r"(.*)\.\d+", run.name)
+    return bool(earlier) and Path(str(args.get("output_dir"))).name == earlier[1]
+
+
 def folder_of(argv, doc: str) -> Path:
     """The one argument of this program and of the report."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,7 +207,7 @@ def main(argv=None):
     results = {"methods": {}, "frontier": {}}
     for run in sorted(folder.glob("*/final/config.json"), key=lambda p: p.stat().st_mtime):
         name, config = run.parent.parent.name, json.loads(run.read_text())
-        if config["architectures"] != ["LlamaForCausalLM"] or "." in name:  # NAME.1 is an earlier run, moved aside
+        if config["architectures"] != ["LlamaForCausalLM"] or moved_aside(run.parent.parent, settings[name]):
             continue
         row, drawn = grade_policy(run.parent, reference, prompts, ids, rewards, asked, seed)
         row["seconds"] = round(sum(summary[x]["seconds"] for x in stages(name, settings) if x in summary), 1)
@@ -214,11 +229,7 @@ def main(argv=None):
         # of policies outside its prior, "Bayes-optimal" is no bound: the held-out ones get the position yardstick only
         results["gvm"]["held_out_policies"]["position"] = yardsticks(0, seed, toy.HELD_OUT_POLICIES)["position"]
         pairs = json.loads((folder / "gvm" / "final" / "config.json").read_text())["tau_pairs"]
-        results["gvm"]["yardsticks"] = marks = yardsticks(pairs, seed)
-        for span in ("all", "first3"):
-            low, high = (marks[name][span]["correlation"] for name in ("position", "bayes_tau"))
-            share = (results["gvm"]["right_tau"][span]["correlation"] - low) / (high - low)
-            results["gvm"][f"share_of_bayes_{span}"] = share
+        results["gvm"]["yardsticks"] = yardsticks(pairs, seed)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, row in results["methods"].items():
         low, high = row["gold"]["ci95"]
@@ -232,7 +243,7 @@ def main(argv=None):
                 f"gvm {name:10} "
                 + "  ".join(f"{span}: correlation {v['correlation']:.3f} mse {v['mse']:.4f}" for span, v in row.items())
             )
-        print(f"gvm goes {results['gvm']['share_of_bayes_all']:.0%} of the way from position-only to Bayes-optimal")
+        print(f"gvm goes {share_of_way(results['gvm']):.0%} of the way from position-only to Bayes-optimal")
     print(f"{folder / 'results.json'} written")
 
 

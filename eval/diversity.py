@@ -47,8 +47,9 @@ class Args(eval_samples.Sampling):
 def ead(token_lists: list[list], vocabulary: int) -> float:
     """Expectation-adjusted distinct tokens of one prompt's samples: N / E[N], to what random tokens would give."""
     tokens = [token for tokens in token_lists for token in tokens]
-    expected = vocabulary * (1 - ((vocabulary - 1) / vocabulary) ** len(tokens))
-    return len(set(tokens)) / expected if tokens else 0.0
+    if not tokens:
+        return 0.0
+    return len(set(tokens)) / (vocabulary * (1 - ((vocabulary - 1) / vocabulary) ** len(tokens)))
 
 
 def self_bleu(texts: list[str], n: int) -> float:
@@ -67,13 +68,13 @@ def words(text: str) -> list[str]:
     return Tokenizer13a()(text).split()
 
 
-def measure(rows: list[dict], tokenize, vocabulary: int, n: int) -> dict:
+def measure(rows: list[dict], tokenize, vocabulary: int, n: int, seed: int = 0) -> dict:
     """EAD, Self-BLEU-2 and Self-BLEU-3 with intervals over prompts, from the first n responses to each."""
     found = []
     for row in rows:
         texts = [response["text"] for response in row["responses"][:n]]
         found.append([ead([tokenize(t) for t in texts], vocabulary), self_bleu(texts, 2), self_bleu(texts, 3)])
-    low, high = eval_samples.bootstrap(found)
+    low, high = eval_samples.bootstrap(found, seed=seed)
     named = zip(("ead", "self_bleu_2", "self_bleu_3"), np.mean(found, 0), low, high)
     return {name: {"mean": m, "ci95": [a, b]} for name, m, a, b in named} | {"prompts": len(rows)}
 
@@ -98,7 +99,7 @@ def run(args: Args) -> dict:
         texts = (r["text"] for rows in files.values() for row in rows for r in row["responses"][: args.n])
         vocabulary = len({word for text in texts for word in words(text)})
     results = {"vocabulary": vocabulary, "n": args.n}
-    results["files"] = {name: measure(rows, tokenize, vocabulary, args.n) for name, rows in files.items()}
+    results["files"] = {name: measure(rows, tokenize, vocabulary, args.n, args.seed) for name, rows in files.items()}
     cell = lambda x: f"{x['mean']:.3f} [{x['ci95'][0]:.3f}, {x['ci95'][1]:.3f}]"
     print(eval_samples.table(
         (f"{args.n} samples a prompt, V {vocabulary}", "EAD", "Self-BLEU-2", "Self-BLEU-3", "prompts"),

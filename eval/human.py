@@ -158,10 +158,12 @@ def write_sheet(args: Sheet) -> dict:
     rows = winrate.matched(
         samples.samples(args.a, args, args.policy_a), samples.samples(args.b, args, args.policy_b)
     )  # fmt: skip
-    first = {row["key"]: (samples.show(row["prompt"]), one["text"], two["text"]) for row, one, two in reversed(rows)}
+    first = {}
+    for row, one, two in rows:
+        first.setdefault(row["key"], (samples.show(row["prompt"]), one["text"], two["text"]))
     if not first:
         sft.stop(f"{args.a} and {args.b} have no prompt in common: they must answer the same prompts")
-    items = draw_items(list(reversed(first.values())), args.n, args.seed)
+    items = draw_items(list(first.values()), args.n, args.seed)
     output = Path(args.output)
     key_file = output.with_suffix(".key.json")
     sheet = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
@@ -215,18 +217,21 @@ def tally(key: dict, files: list[dict]) -> dict:
     return results
 
 
-def read_json(path: str) -> dict:
+def read_json(path: str, field: str) -> dict:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or field not in found:
+            raise ValueError(f"it has no field {field}")
+        return found
     except (OSError, ValueError) as error:
         sft.stop(f"{path} cannot be read ({error}): give the files that `sheet` and its page wrote")
 
 
 def run_tally(args: Tally) -> dict:
-    key = read_json(args.key)
-    files = [read_json(path) for path in args.answers]
+    key = read_json(args.key, "items")
+    files = [read_json(path, "answers") for path in args.answers]
     for path, found in zip(args.answers, files):
-        if not isinstance(found, dict) or found.get("sheet") != key.get("sheet"):
+        if found.get("sheet") != key.get("sheet"):
             sft.stop(f"{path} does not belong to {args.key}: it was saved from another sheet")
         wrong = [i for i, choice in found["answers"].items()
                  if not (i.isdigit() and 1 <= int(i) <= len(key["items"])) or choice not in dict(CHOICES)]  # fmt: skip

@@ -5,20 +5,22 @@
     python eval/judge.py mt_bench --questions Q --answers a.jsonl --references R --base_url URL --model NAME
     python eval/judge.py arena    --questions Q --answers a.jsonl b.jsonl --baseline c.jsonl --base_url URL --model NAME
 
-What is asked, and of whom the rubric is (the words are ours; `--prompt` takes a file of your own):
+What is asked, and whose rubric it follows (the wording is ours; `--prompt` takes a file of your own):
 - `score`: points for relevance, substance, usefulness, form, excellence, added up to 0-5 (DVPO, appendix D). With
   `--scored` of two policies, `winrate.py` tells which one's grades are higher (DVPO, figure 2).
 - `mt_bench`: each answer of a two-turn question from 1 to 10, the second in the light of the first; reference answers
   for math, reasoning and coding; answers generated at the category's own temperature (Zheng et al. 2023).
 - `arena`: A>>B, A>B, A=B, B>A, B>>A against a baseline, each pair in both orders, a strong verdict counting three
-  times; strengths by Bradley-Terry, as a win rate against the baseline (Li et al. 2024, Arena-Hard v0.1):
-      P(i beats j) = sigma(s_i - s_j), s of the baseline = 0, a tie is half a win each way          `bradley_terry`
-  The bootstrap draws questions, not single verdicts: the verdicts on one question belong together.
+  times (Li et al. 2024, Arena-Hard v0.1):
+      win rate = points won / (won + lost), a tie being half a point each way                       `arena_points`
+  which is the Bradley-Terry estimate, as each model meets the baseline only. The bootstrap draws questions, not single
+  verdicts: the verdicts on one question belong together.
 - pairwise A, B, or C for a tie (VCB, appendix A.3) is what `python eval/winrate.py` asks.
 
 The key is read from $OPENAI_API_KEY (a local server needs none); it is neither written nor shown. Every raw reply goes
 into the cache under a hash of its request as soon as it is there: a run that was killed goes on where it stopped, and
-nothing is paid twice. A reply without a verdict is asked for it once more; what then has none is left out and counted.
+nothing is paid twice. Where a reply has no verdict, the judge is asked once more; what still has none is left out and
+counted.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class Endpoint:
     retries: int = 8
     """tries after the first, where the server is busy, fails, does not answer in time or drops the connection"""
     timeout: float = 180.0
-    """seconds of silence, and again of a reply that has begun, after which a request has failed"""
+    """seconds to wait for a reply to begin, and again for it to end, before the try counts as failed"""
     cache: str = "runs/judge.jsonl"
     """every raw reply, by a hash of its request"""
 
@@ -147,8 +149,13 @@ class Client:
     def __init__(self, endpoint: Endpoint, first_wait: float = 1.0):
         if not endpoint.base_url or not endpoint.model:
             sft.stop("an endpoint is needed: give --base_url (such as http://localhost:8000/v1) and --model")
-        if not endpoint.base_url.startswith(("http://", "https://")):
-            sft.stop(f"--base_url {endpoint.base_url} is no address: it begins with http:// or https://")
+        try:
+            address = urllib.parse.urlsplit(endpoint.base_url)
+            good = address.scheme in ("http", "https") and address.hostname and address.port != 0  # .port may raise
+        except ValueError:
+            good = False
+        if not good:
+            sft.stop("--base_url is no address such as http://localhost:8000/v1")
         if endpoint.concurrency < 1 or endpoint.retries < 0 or not endpoint.timeout > 0:
             sft.stop("--concurrency must be 1 or more, --retries 0 or more, --timeout above 0")
         try:
@@ -157,12 +164,11 @@ class Client:
             sft.stop(f"--request {endpoint.request!r} is not a JSON object such as '{{\"top_p\": 0.9}}'")
         self.endpoint, self.first_wait = endpoint, first_wait
         self.headers = {"Content-Type": "application/json", "User-Agent": "lean-rlhf"}
-        key, address = os.environ.get("OPENAI_API_KEY", ""), urllib.parse.urlsplit(endpoint.base_url)
+        key = os.environ.get("OPENAI_API_KEY", "")
         if not key.isascii() or not key.isprintable():
             sft.stop("$OPENAI_API_KEY has characters that no key has, such as a line break: set it again")
-        self.secrets = sorted({x for x in (key, json.dumps(key)[1:-1], address.password or "") if len(x) > 3}, key=len)[
-            ::-1
-        ]
+        secrets = (key, json.dumps(key)[1:-1], address.password or "")
+        self.secrets = sorted((x for x in secrets if len(x) > 3), key=len, reverse=True)
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         self.opener = urllib.request.build_opener(NoRedirect)
@@ -394,7 +400,10 @@ def template(path: str, default: str, fields: tuple[str, ...]) -> str:
         return default
     if not Path(path).is_file():
         sft.stop(f"--prompt {path} does not exist: give a text file with {', '.join(f'{{{f}}}' for f in fields)}")
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        sft.stop(f"--prompt {path} is not UTF-8 ({error.reason}): save it as such")
     absent = [f"{{{field}}}" for field in fields if f"{{{field}}}" not in text]
     if absent:
         sft.stop(f"--prompt {path} has no {' and no '.join(absent)}: say where the judge is shown it")
@@ -430,7 +439,7 @@ def read_score(reply: str) -> float | None:
 def read_rating(reply: str) -> float | None:
     """1-10 of the last [[n]], or, without double brackets, of the last `Rating: n`."""
     number = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
-    found = last(rf"\[\[\s*{number}\s*\]\]", reply) or last(rf"rating\W{{1,6}}{number}(?!\s*(?:to|-)|[\d.])", reply)
+    found = last(rf"\[\[\s*{number}\s*\]\]", reply) or last(rf"rating\W{{1,6}}{number}(?!\s*(?:to|-)|\.?\d)", reply)
     return float(found) if found and 1 <= float(found) <= 10 else None
 
 
@@ -457,42 +466,6 @@ def arena_points(first: str | None, second: str | None) -> np.ndarray:
     a strong verdict three; a verdict that could not be read is nothing."""
     points = {"A>>B": (STRONG, 0), "A>B": (1, 0), "A=B": (0.5, 0.5), "B>A": (0, 1), "B>>A": (0, STRONG), None: (0, 0)}
     return np.array(points[first], dtype=float) + np.array(points[second][::-1], dtype=float)
-
-
-def bradley_terry(wins, ridge: float = 1e-6, steps: int = 200) -> np.ndarray:
-    """Strengths s (n,), s_0 = 0, that maximise sum_ij wins[i, j] log sigma(s_i - s_j) - ridge/2 |s|^2, by Newton's
-    method: logistic regression on pairs. wins[i, j] is the weight of i's wins over j, ties being half a win each way.
-
-    The ridge keeps finite the strength of one that always won; elsewhere it does not show."""
-    wins = np.asarray(wins, dtype=float)
-    games, s = wins + wins.T, np.zeros(len(wins))
-    scale = ridge * max(games.sum(), 1.0)
-    for _ in range(steps):
-        p = 1 / (1 + np.exp(s[None, :] - s[:, None]))
-        gradient = (wins - games * p).sum(1) - scale * s
-        weight = games * p * (1 - p)
-        hessian = np.diag(weight.sum(1) + scale) - weight
-        step = np.linalg.solve(hessian[1:, 1:], gradient[1:])
-        step *= min(1.0, 1.0 / max(np.abs(step).max(initial=0.0), 1e-300))
-        s[1:] += step
-        if np.abs(step).max(initial=0.0) < 1e-10:
-            break
-    return s
-
-
-def arena_rates(points: np.ndarray) -> np.ndarray:
-    """(models,) win rates against the baseline from points (questions, models, 2): won and lost."""
-    models = points.shape[1]
-    wins = np.zeros((models + 1, models + 1))
-    wins[1:, 0], wins[0, 1:] = points.sum(0).T
-    return 1 / (1 + np.exp(-bradley_terry(wins)[1:]))
-
-
-def arena_intervals(points: np.ndarray, seed: int = 0, draws: int = 200) -> np.ndarray:
-    """(2, models) 95 % bootstrap interval over questions."""
-    rng = np.random.default_rng(seed)
-    found = [arena_rates(points[rng.integers(len(points), size=len(points))]) for _ in range(draws)]
-    return np.percentile(found, [2.5, 97.5], axis=0)
 
 
 def mean_with_interval(values: list[list[float | None]]) -> dict:
@@ -538,9 +511,13 @@ def read_questions(name: str, limit: int) -> list[dict]:
         turns = row.get("turns") or row.get("prompt")
         if not turns:
             sft.stop(f"{where}: no field turns, nor prompt: it is no question")
-        name_ = next((row[field] for field in ("question_id", "uid", "prompt_id") if field in row), i)
+        if isinstance(turns, list) and any(isinstance(t, dict) and t.get("role", "user") != "user" for t in turns):
+            sft.stop(f"{where}: a question has turns of the user only; this one has a system's or an assistant's")
+        ids = (row[field] for field in ("question_id", "uid", "prompt_id") if field in row)
         reference = texts(row["reference"]) if row.get("reference") else None
-        found.append({"id": name_, "category": row.get("category"), "turns": texts(turns), "reference": reference})
+        found.append(
+            {"id": next(ids, i), "category": row.get("category"), "turns": texts(turns), "reference": reference}
+        )
     return found[: limit or None]
 
 
@@ -558,7 +535,7 @@ def read_answers(name: str, questions: list[dict]) -> list[list[str]]:
         elif key is not None:
             by_id.setdefault(key, {})[row.get("turn", 1) - 1] = text
         elif row.get("prompt"):
-            by_prompt[samples.show(row["prompt"])] = {0: text}
+            by_prompt.setdefault(samples.show(row["prompt"]), {0: text})
     found = []
     for question in questions:
         turns = by_id.get(question["id"]) or by_prompt.get(question["turns"][0], {})
@@ -794,20 +771,19 @@ def arena(args: Arena) -> dict:
     ]
     with Client(args) as client:
         found = both_orders(client, text, pairs, read_verdict, ARENA_FORM)
-    points = np.array([arena_points(*verdicts) for verdicts in found]).reshape(len(models), len(questions), 2)
-    points = points.transpose(1, 0, 2)
-    rates, (low, high) = arena_rates(points), arena_intervals(points)
     results = {"models": {}, "baseline": args.baseline}
     for i, name in enumerate(models):
         mine = found[i * len(questions) : (i + 1) * len(questions)]
-        judged = bool(points[:, i].sum())
+        points = np.array([arena_points(*verdicts) for verdicts in mine])
+        won, played = points[:, 0], points.sum(1)
         results["models"][name] = {
-            "win_rate": rates[i] if judged else None, "ci95": [low[i], high[i]] if judged else None,
+            "win_rate": won.sum() / played.sum() if played.any() else None,
+            "ci95": list(samples.bootstrap(won, played)) if played.any() else None,
             "unread": sum(verdicts.count(None) for verdicts in mine),
             "verdicts": [{"question_id": q["id"], "first": a, "second": b} for q, (a, b) in zip(questions, mine)],
         }  # fmt: skip
     rows = [
-        (name, samples.percent(m["win_rate"]), "[{}, {}]".format(*map(samples.percent, m["ci95"])), m["unread"])
+        (name, f"{m['win_rate']:.1%}", "[{:.1%}, {:.1%}]".format(*m["ci95"]), m["unread"])
         if m["ci95"] else (name, "-", "-", m["unread"])
         for name, m in results["models"].items()
     ]  # fmt: skip

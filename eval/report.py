@@ -89,10 +89,10 @@ def with_interval(gold: dict) -> str:
     return f"{num(gold['mean'])} [{num(low)}, {num(high)}]"
 
 
-def smooth(values, window: int = 0) -> np.ndarray:
+def smooth(values) -> np.ndarray:
     """Moving average, as far to the left as to the right of each point, so that a curve that rises starts where its data do;
-    the default window is a tenth of the curve, at least 3."""
-    values, half = np.asarray(values, dtype=float), (window or max(3, len(values) // 10)) // 2
+    the window is a tenth of the curve, at least 3."""
+    values, half = np.asarray(values, dtype=float), max(3, len(values) // 10) // 2
     reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
     return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
 
@@ -128,13 +128,6 @@ def headline(results: dict) -> str:
     return text
 
 
-def share_of_way(gvm_results: dict, tokens: str = "all") -> float:
-    """How far the GVM goes, in correlation, from knowing the position only (0) to Bayes-optimal with tau (1)."""
-    yard = gvm_results["yardsticks"]
-    low, high = (yard[name][tokens]["correlation"] for name in ("position", "bayes_tau"))
-    return (gvm_results["right_tau"][tokens]["correlation"] - low) / (high - low)
-
-
 # ------------------------------------------------------------------------------------------------------ tables, boxes
 
 
@@ -150,8 +143,9 @@ def table(head, rows, css: str = "") -> Raw:
     return Raw(f'<div class="scroll"><table class="{css}">' + "\n".join(lines) + "</table></div>")
 
 
-def dot_interval(mean: float, low: float, high: float, domain: tuple[float, float], width: int = 140) -> Raw:
+def dot_interval(mean: float, low: float, high: float, domain: tuple[float, float]) -> Raw:
     """A dot with its interval on an axis that all rows share; the tick is 0."""
+    width = 140  # that of .ends
     x = lambda value: 6 + (width - 12) * (value - domain[0]) / (domain[1] - domain[0])
     zero = f'<path class="zero" d="M{x(0):.1f} 1V19"/>' if domain[0] <= 0 <= domain[1] else ""
     return Raw(
@@ -425,7 +419,7 @@ def tiles(results: dict) -> Raw:
         out += [(f"{num(sft['gold']['mean'])} → {num(row['gold']['mean'])}", "gold reward, SFT → DVPO"),
                 (f"{percent(sft['malformed'])} → {percent(row['malformed'])}", "malformed responses")]  # fmt: skip
     if {"yardsticks", "right_tau"} <= results.get("gvm", {}).keys():
-        out.append((percent(share_of_way(results["gvm"]), 0), "of the way to Bayes-optimal values"))
+        out.append((percent(demo.share_of_way(results["gvm"]), 0), "of the way to Bayes-optimal values"))
     if best:
         out.append((f"{methods[best]['seconds']:.0f} s", "all stages of that run"))
     return Raw('<div class="tiles">' + "".join(f"<div><b>{esc(a)}</b>{esc(b)}</div>" for a, b in out) + "</div>")
@@ -455,13 +449,14 @@ def methods_section(methods: dict) -> Raw:
             num(gold["mean"]), f"[{num(low)}, {num(high)}]", dot_interval(gold["mean"], low, high, domain),
             percent(row["malformed"]), num(row["kl"]),
             *([num(row["proxy"]["mean"]), "–" if row.get("misaligned") is None else percent(row["misaligned"])] if proxy else []),
-            num(row["length"], 1), *([] if proxy else [num(row["clauses"])]), f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}",
+            num(row["length"], 1), *([] if proxy else [num(row["clauses"])]), f"{row['seconds']:.0f}",
+            "–" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}",
         ])  # fmt: skip
     axis = Raw(f'<span class="ends"><span>{num(domain[0])}</span><span>{num(domain[1])}</span></span>')
     head = ["run", "gold", "95 % interval", axis, "malformed", "KL", *(["proxy", "misaligned"] if proxy else []),
             "tokens", *([] if proxy else ["clauses"]), "seconds", "peak MB"]  # fmt: skip
     return section(
-        "methods", "Methods", table(head, rows, "numbers methods"),
+        "methods", "Methods", table(head, rows, "numbers"),
         p(f"{demo.SAMPLES} responses at temperature 1 to each of {len(toy.prompts('heldout'))} held-out prompts. The "
           "interval is over prompts: it does not contain the spread between training seeds. KL: nats per response, to "
           "the SFT policy. " + ("Proxy: the reward model's score, standardised, which is all that methods other than DVPO "
@@ -535,9 +530,9 @@ def gvm_section(results: dict) -> Raw:
     if "yardsticks" in with_tau and "right_tau" in with_tau:
         low, high = (with_tau["yardsticks"][x]["all"]["correlation"] for x in ("position", "bayes_tau"))
         way = (
-            f"In correlation, the GVM goes {percent(share_of_way(with_tau), 0)} of the way from the best predictor "
+            f"In correlation, the GVM goes {percent(demo.share_of_way(with_tau), 0)} of the way from the best predictor "
             f"that knows only the token's position ({num(low)}) to the Bayes-optimal predictor with τ ({num(high)}), "
-            f"and {percent(share_of_way(with_tau, 'first3'), 0)} over the first three tokens, where τ has most to say."
+            f"and {percent(demo.share_of_way(with_tau, 'first3'), 0)} over the first three tokens, where τ has most to say."
         )
     return section(
         "gvm", "The global value model against the exact values",
@@ -750,9 +745,10 @@ def read_run(folder: Path) -> Run:
     for key in {key: None for step in steps for key in stepped[step] if key not in ("step", "seconds")}:
         curves[key] = np.array([number(stepped[step].get(key)) for step in steps])
     numbers = {key: int(np.isfinite(values).sum()) for key, values in curves.items()}
-    gaps = [f"{key} {n}" for key, n in numbers.items() if n < len(steps) and key != "skipped"]  # which few steps have
+    # `skipped` is a number that only few steps have
+    gaps = [f"{key} {n}" for key, n in numbers.items() if n < len(steps) and key != "skipped"]
     if gaps:
-        notes.append(f"of {len(steps)} steps so many have a number: {', '.join(gaps)}")
+        notes.append(f"only some of the {len(steps)} steps have a number: {', '.join(gaps)}")
     order = sorted((key for key in curves if numbers[key]), key=lambda key: FIRST.index(key) if key in FIRST else 9)
     args, summary = files["args.json"] or {}, files["summary.json"] or {}
     return Run(folder, args, summary, np.array(steps), {key: curves[key] for key in order}, notes)
@@ -905,11 +901,11 @@ def run_page(run: Run, rows: list[dict]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
-def whole(title: str, parts) -> str:
+def whole(title: str, parts, css: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>{esc(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
+        f"<title>{esc(title)}</title><style>{CSS}{css}</style></head>\n<body><main>\n"
         + "\n".join(parts)
         + "\n</main></body></html>\n"
     )
@@ -917,16 +913,11 @@ def whole(title: str, parts) -> str:
 
 def report(folder: Path) -> Path:
     results, tokenizer = json.loads((folder / "results.json").read_text()), toy.tokenizer()
-    # a run that was repeated leaves its older self aside as NAME.1, NAME.2, ...
-    current = lambda name: not re.search(r"\.\d+$", name)
-    results["methods"] = {name: row for name, row in results["methods"].items() if current(name)}
-    runs = sorted((x for x in folder.iterdir() if x.is_dir() and current(x.name)), key=lambda x: x.name)
+    runs = [x for x in sorted(folder.iterdir()) if x.is_dir() and not demo.moved_aside(x, read_run(x).args)]
     curves = {}
     for run in runs:
-        if (run / "metrics.jsonl").is_file():
-            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            rows = [row for row in rows if "gold" in row and "kl" in row]
-            curves |= {run.name: rows} if rows else {}
+        if rows := [row for row in read_lines(run / "metrics.jsonl")[0] if "gold" in row and "kl" in row]:
+            curves[run.name] = rows
 
     methods, best = results["methods"], dvpo_run(results)
     sft = methods["sft"]["gold"]["mean"] if "sft" in methods else None

@@ -72,11 +72,11 @@ def read_flags(kinds, argv, doc: str):
     return tyro.cli(kinds, args=argv, description=doc, use_underscores=True)
 
 
-def load_rows(name: str, split: str, kind: str, seed: int = 0) -> list[tuple[dict, str]]:
+def load_rows(name: str, split: str, kind: str) -> list[tuple[dict, str]]:
     """Rows of comma-separated sources in the project's column names, each with its place; stops at a bad one."""
     found = []
     for source in map(str.strip, name.split(",")):
-        for row, i in zip(*sft.read_data(source, split, kind, seed), strict=True):
+        for row, i in zip(*sft.read_data(source, split, kind), strict=True):
             try:
                 found.append((sft.canonical(row), f"{source} row {i + 1}"))
             except Exception as error:  # of a stranger's row anything may be wrong
@@ -92,11 +92,10 @@ def read(name: str, policy: str = "", split: str = "train") -> list[dict]:
     rows, policies = {}, set()
     for row, where in load_rows(name, split, "graded"):
         prompt = row.get("prompt")
-        whole = isinstance(prompt, list) and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt
-        )
-        if not prompt or not (isinstance(prompt, str) or whole):
-            sft.stop(f"{where}: field prompt is missing, or neither a string nor a list of messages")
+        try:
+            sft.as_messages(prompt)
+        except ValueError as error:
+            sft.stop(f"{where}: {error}")
         responses = row.get("responses")
         if responses is None:
             if "completion" not in row:
@@ -165,11 +164,7 @@ def samples(name: str, args, policy: str = "", n: int = 1) -> list[dict]:
     if not args.prompts:
         sft.stop(f"{name} is not a sample file: give one (.jsonl, .json, .parquet), or a model together with --prompts")
     rows = {}
-    source = [] if args.prompts == "toy" else load_rows(args.prompts, args.split, "prompts")
-    if args.prompts == "toy":
-        import toy
-
-        source = [(row, "toy") for row in toy.rows("heldout")]
+    source = load_rows(args.prompts, "heldout" if args.prompts == "toy" else args.split, "prompts")
     for row, where in source:
         if not row.get("prompt"):
             sft.stop(f"{where}: field prompt is missing")
@@ -198,10 +193,6 @@ def bootstrap(values, weights=None, seed: int = 0) -> np.ndarray:
         with np.errstate(invalid="ignore"):  # a draw without any pair: left out below
             found.append(values[drawn].sum(0) / weights[drawn].sum(0))
     return np.nanpercentile(found, [2.5, 97.5], axis=0)
-
-
-def percent(x: float, digits: int = 1) -> str:
-    return f"{100 * x:.{digits}f} %"
 
 
 def table(head, rows) -> str:

@@ -132,13 +132,7 @@ def page(shown: list[dict], limit: float, who: str) -> str:
                               f"last {num(line['q'][-1], 2, True)}", "side"),
                      boxes(line["words"], line["q"], limit)]  # fmt: skip
         parts.append(report.section(f"prompt{i}", f"Prompt {i}", *body))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>Token values</title><style>{report.CSS}{CSS}</style></head>\n<body><main>\n"
-        + "\n".join(parts)
-        + "\n</main></body></html>\n"
-    )
+    return report.whole("Token values", parts, CSS)
 
 
 def draw(shown: list[dict], limit: float, ink: str) -> Figure:

@@ -61,7 +61,7 @@ class Args:
     skip_bad_rows: bool = False
     """leave out rows of your own file that cannot be used (as is done with hub data) instead of stopping at the first"""
     micro_batch_size: int = 8
-    """sequences per forward pass"""
+    """of the implicit reward: sequences per forward pass"""
     seed: int = 0
     """seed of the choice of tau, of the toy world's texts and of the bootstrap"""
     bf16: bool = False
@@ -175,16 +175,18 @@ def table4(name: str, args) -> tuple[dict, list[np.ndarray]]:
 
 
 def reward_model_accuracy(args) -> dict:
-    """The same pairs, as text: the reward model has its own tokenizer."""
+    """The same pairs, as text, since the reward model has its own tokenizer."""
     if args.data == "toy":
         rows = [(prompt, {"text": text}, score) for _, prompt, text, score in toy_texts(args.seed)]
     else:
-        rows = [
-            (row["prompt"], response, response["score"])
-            for row, _ in samples.load_rows(args.data, args.split, "graded", args.seed)
-            for response in row.get("responses")
-            or [{"text": row["chosen"], "score": 1.0}, {"text": row["rejected"], "score": -1.0}]
-        ]
+        tokenizer = gvm.load_tokenizer(args.gvm, samples.settings(args))
+
+        def texts(row):
+            gvm.encode_graded(tokenizer, row, args)  # a row that the value model cannot read is left out here too
+            text = lambda response: {field: response.get(field) for field in ("text", "complete")}
+            return [(gvm.as_messages(row["prompt"]), text(r), r["score"]) for r in gvm.graded(row)]
+
+        rows = list(gvm.load_data(args, "graded", texts))
     found = winrate.reward_scores(args.reward_model, [row[:2] for row in rows], args)
     triples = [(str(prompt), score, {"mean": mark}) for (prompt, _, score), mark in zip(rows, found, strict=True)]
     return accuracies(triples, args.seed)
@@ -219,7 +221,7 @@ def run(args: Args) -> dict:
             for policy, prompt, text, _ in toy_texts(args.seed)
         ]
         results["calibration"] = calibration(values, exact)
-        results["fit"] = demo.fit(list(zip(values, exact, strict=True)))
+        results["fit"] = demo.fit([(v, true[: len(v)]) for v, true in zip(values, exact, strict=True)])
         print()
         print(samples.table(("token", "texts", "mean Q", "mean exact", "RMSE", "correlation"), [
             (c["token"], c["n"], f"{c['mean']:.3f}", f"{c['exact']:.3f}", f"{c['rmse']:.3f}",

@@ -2,8 +2,8 @@
 
     python experiments/measure.py runs/experiments/seed10          # every run there that is finished
 
-A policy: reward, KL, misalignment, length and diversity on the held-out prompts (eval/demo.py), a point for each snapshot, what
-it learned from on its own prompts, and how the GVM and the reward model read its finished texts. A value model: its
+A policy: reward, KL, misalignment, length and diversity on the held-out prompts (eval/demo.py), a point for each snapshot, its
+rollouts' curve, and how the GVM and the reward model read its finished texts. A value model: its
 error against the exact values, with tau of the writer, of another, and with none.
 """
 
@@ -20,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 import toy
 from eval import calibration, demo
-
-LAST = 10  # steps that a run's own numbers are averaged over
 
 
 class Bench:
@@ -49,8 +47,6 @@ class Bench:
         if (run / "final").parent.name == "sft":
             row["best_of_n"] = demo.best_of_n(drawn, self.rewards)
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        own = {"value", "reward", "kl", "eos_share", "loss"} & set(metrics[-1])
-        row["own"] = {name: float(np.mean([m[name] for m in metrics[-LAST:]])) for name in own}
         if "gold" in metrics[-1]:
             row["curve"] = [{name: m[name] for name in ("step", "gold", "kl")} for m in metrics]
         return row
@@ -93,10 +89,10 @@ class Bench:
         return demo.gvm_values(run / "final", cases, self.tokenizer, self.reference.args)
 
 
-def measured(bench: Bench, name: str) -> dict | None:
+def measured(bench: Bench, name: str):
     run = bench.folder / name
     if not (run / "summary.json").is_file() or not (run / "final").is_dir():
-        return None
+        return
     kept = run / "measured.json"
     if not kept.is_file():
         kind = json.loads((run / "final" / "config.json").read_text())["architectures"][0]
@@ -105,10 +101,9 @@ def measured(bench: Bench, name: str) -> dict | None:
         elif kind == "LlamaForTokenClassification":
             found = bench.value_model(run)
         else:
-            return None
+            return
         found["summary"] = json.loads((run / "summary.json").read_text())
         kept.write_text(json.dumps(rounded(found)) + "\n")
-    return json.loads(kept.read_text())
 
 
 def rounded(x):
@@ -123,8 +118,8 @@ def rounded(x):
 def main():
     folder = Path(sys.argv[1])
     bench = Bench(folder, json.loads((folder / "sft" / "args.json").read_text())["seed"])
-    for run in sorted(folder.iterdir()):
-        if "." not in run.name:  # NAME.1 is an earlier run, moved aside
+    for run in sorted(path.parent for path in folder.glob("*/args.json")):
+        if not demo.moved_aside(run, json.loads((run / "args.json").read_text())):
             measured(bench, run.name)
 
 

@@ -74,7 +74,7 @@ def draw_curves(found: Found, names, ink: str) -> Figure:
     axes[1].set_ylim(0, 15), axes[0].set_ylim(bottom=-0.6)
     axes[0].axhline(sft, color=ink, linewidth=1.2, linestyle=(0, (1, 2)), label="SFT, held-out prompts")
     titles = [
-        ("gold reward of the rollouts", "step (64 responses)"),
+        ("gold reward of the rollouts (the axis ends at −0.6)", "step (64 responses)"),
         ("KL to the SFT policy, nats a response (the axis ends at 15)", "step (64 responses)"),
     ]
     return finish(figure, axes, titles, ink, f"moving averages; means of {seeds_of(found)} and the range of the seeds")

@@ -6,8 +6,8 @@
     python experiments/run.py --tune              # the grid that the settings below were chosen by, seeds 0 and 1: tuning.json
 
 Settings were chosen on seeds 0 and 1, with as many trials for each method, by what the method itself can see (Q_T, the
-reward model's score) on the prompts it trains on, among settings whose KL stayed below KL_BUDGET; the gold reward of the
-held-out prompts decided nothing. A seed draws data, initial weights, samples and graded texts anew, everything but the prompts.
+reward model's score) on the prompts it trains on, among settings whose KL over the last ten steps was at most KL_BUDGET;
+the gold reward of the held-out prompts decided nothing. A seed draws data, initial weights, samples and graded texts anew, everything but the prompts.
 Two runs at a time, one thread each. All numbers of one results file come from one state of the code (`same_code`): what was
 run by another is refused.
 """
@@ -64,7 +64,7 @@ def teachers() -> dict[str, Run]:
     }
 
 
-ON_POLICY = {  # method -> (script, its own flags, how many settings are tried: KL coefficients x learning rates)
+ON_POLICY = {  # method -> (script, its own flags)
     "dvpo": ("dvpo", "--gvm {gvm}"),
     "dvpo_q": ("dvpo", "--gvm {gvm} --advantage q"),
     "ppo": ("ppo", "--reward_model {rm}"),
@@ -146,9 +146,8 @@ def execute(jobs: dict[str, Job], workers: int = 2) -> bool:
     for folder in (jobs[name].folder for name in done):
         mark = folder / "code"
         if not mark.is_file() or mark.read_text() != code:
-            raise SystemExit(
-                f"error: {folder} is of another state of the code: move {folder.parent} aside, and begin again"
-            )
+            print(f"error: {folder} is of another state of the code: move {folder.parent} aside, and begin again")
+            raise SystemExit(2)
     waiting, running, failed, lock = [name for name in jobs if name not in done], set(), [], threading.Condition()
     total = sum(jobs[name].seconds for name in waiting)
     print(f"{len(done)} runs are done, {len(waiting)} to go: about {total / 60 / workers:.0f} minutes", flush=True)
@@ -304,6 +303,8 @@ def main():
     args = parser.parse_args()
     seeds, wanted = args.seeds or (TUNING if args.tune else SEEDS), runs_to_tune() if args.tune else runs()
     if args.only:
+        if unknown := [name for name in args.only if name not in wanted]:
+            parser.error(f"no run is called {', '.join(unknown)}; --plan lists them")
         names, found = list(args.only), {}
         while names:
             name = names.pop()
@@ -320,10 +321,11 @@ def main():
     if args.tune:
         if ready:
             save("tuning", report | {"methods": tuned(seeds)})
-        return
+        raise SystemExit(not ready)
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(measure, seeds))
     save("toy", merged(report | gathered(wanted, seeds)))
+    raise SystemExit(not ready)
 
 
 def measure(seed: int):

@@ -6,7 +6,7 @@
 
 A prompt asks for one sentence about a thing. The gold reward is a public function of the text (`gold`): VADER's compound score,
 or -1 where the text is no fluent sentence about the thing. Nothing that learns sees it: five writers (the model under
-system messages that are not in the data: cheerful, gloomy, terse, rambling, plain) answer, the first sentence of each answer gets a noisy grade (standard
+system messages that are not in the data: cheerful, gloomy, terse, rambling, factual) answer, the first sentence of each answer gets a noisy grade (standard
 deviation GRADE_NOISE), and SFT, reward model and GVM learn from texts and grades alone; tau is drawn by writer. Then DVPO
 and PPO (on policy, three seeds each), VCB and DPO (from one file of samples that the reward model scored), all with LoRA.
 Reported: gold reward, its parts, KL to the SFT model, the *base* model's perplexity of the texts, which no one optimised.
@@ -235,7 +235,7 @@ def main():
             job.needs = [need for need in job.needs if need in todo]
     ready = runner.execute(todo, args.workers)
     if not ready or args.only:
-        return
+        raise SystemExit(not ready)
     settings = calibration.Args(max_prompt_tokens=128, max_response_tokens=TOKENS)
     tokenizer, device = sft.load_tokenizer(args.model, settings), torch.device("cpu")
     load = lambda name: calibration.Model(str(name), tokenizer, settings, device)

@@ -1,4 +1,4 @@
-"""What every script shares: log-prob of the LM head, token-value normalisation, the VCB loss; heads of models; noise."""
+"""What scripts share: log-probs of the LM head, normalised token values, the VCB loss, models' heads, keyed noise."""
 
 from kernels.head import head_name, hidden_states, logit_gap, model_class, packing_gap, patch_head, read_head
 from kernels.logprob import linear_logprob, linear_nll, token_logprob

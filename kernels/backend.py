@@ -1,8 +1,8 @@
 """Which implementation of an op runs: Triton for CUDA tensors, torch for all others.
 
 `KERNELS=torch` or `KERNELS=triton` in the environment forces one of them. Triton runs on CPU tensors only in its
-interpreter: set `TRITON_INTERPRET=1` before the first import of triton or of this package. The interpreter is a means
-of testing, right in fp32 and slow; its bf16 is not right.
+interpreter: set `TRITON_INTERPRET=1` before the first import of triton or of this package. The interpreter is for
+tests: slow, correct in fp32, wrong in bf16.
 """
 
 import os

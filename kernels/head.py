@@ -1,8 +1,8 @@
 """Heads of Hugging Face models: the LM head, read through `linear_logprob`, and the head of one label (values, rewards).
 
-What a family does to its logits is done here: soft cap (Gemma), logit scale (Cohere multiplies, Granite divides) and bias
-stand in the text part of a model's config; whatever else a head may do shows in `logit_gap`, which compares with the
-model's own logits.
+What a family does to its logits is done here too: soft cap (Gemma) and logit scale (Cohere multiplies, Granite divides) are
+read from the text part of the model's config, the bias from the head. Whatever else a head does shows in `logit_gap`,
+which compares with the model's own logits.
 """
 
 import torch
@@ -37,7 +37,7 @@ def hidden_states(backbone, input_ids, position_ids=None):
     inside a sequence: by a block mask that transformers builds of them, or by flash-attn's variable-length path."""
     packed = {}
     if position_ids is not None and "flash" in (backbone.config._attn_implementation or ""):
-        # It takes packed sequences in one row. Where they begin is told: else every layer would look, and wait for it.
+        # It takes packed sequences in one row. It is told where they begin: else every layer would look, and wait for the device.
         input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
         starts = (position_ids[0] == 0).nonzero()[:, 0].to(torch.int32)
         ends = torch.nn.functional.pad(starts, (0, 1), value=position_ids.shape[1])
@@ -50,8 +50,8 @@ def hidden_states(backbone, input_ids, position_ids=None):
 
 @torch.no_grad()
 def packing_gap(model) -> float:
-    """Of two sequences in one row, mean distance of the second's hidden states from those that it has alone, over their mean
-    size: rounding (1e-3 in bf16), or near 1 where it sees the first."""
+    """How much a sequence's hidden states change when another stands before it in its row: mean |difference| over mean |value|.
+    Rounding (1e-3 in bf16), or near 1 where it sees the other."""
     training, device = model.training, next(model.parameters()).device
     ids, positions = torch.arange(1, 25, device=device)[None], torch.arange(16, device=device)
     backbone = getattr(model, model.base_model_prefix)
@@ -97,12 +97,12 @@ def model_class(kind: str, config):
 
 
 def head_name(model) -> str:
-    """What the architecture calls its head of one label: `score` (Llama, Mistral, Qwen), `classifier` (GPT-NeoX, GPT-2)."""
+    """The model's name for its head of one label: `score` (most) or `classifier` (DeBERTa; GPT-NeoX and GPT-2 by token)."""
     return "score" if hasattr(model, "score") else "classifier"
 
 
 def read_head(model, input_ids, position_ids, position):
-    """The one-label head's output, fp32, at flat `position`s of input_ids (B, L); in the precision that its weights have."""
+    """The one-label head's output at flat `position`s (N,) of input_ids (B, L): (N,) fp32, computed in its weights' precision."""
     hidden = hidden_states(getattr(model, model.base_model_prefix), input_ids, position_ids)
     hidden, head = hidden.index_select(0, position), getattr(model, head_name(model))
     with torch.autocast(hidden.device.type, enabled=False):

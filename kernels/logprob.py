@@ -129,7 +129,7 @@ if triton is not None:
 
     # On a GPU exp is a multiplication and an exp2: that factor and 1 / T are one, `scale` = log2(e) / T. Only the state
     # in memory has x = (a - m) / T; here x is (a - m) scale. Whole blocks have no mask: with one, a width that is no
-    # multiple of 16 would load element by element. Only the last block, if it is not whole, has.
+    # multiple of 16 would load element by element. Only a last block that is not whole has one.
 
     @triton.jit
     def _tanh(x):
@@ -326,27 +326,24 @@ def even_ranges(length: int, limit: int, multiple: int) -> list[tuple[int, int]]
     return [(i, min(i + size, length)) for i in range(0, length, size)]
 
 
-def logit_bytes(dtype: torch.dtype, logits_dtype: torch.dtype) -> int:
-    """Bytes of a logit and its gradient, which takes its place where the dtypes allow it."""
-    return logits_dtype.itemsize + (0 if logits_dtype == dtype else dtype.itemsize)
-
-
 def vocabulary_slices(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype) -> list[tuple[int, int]]:
     """Vocabulary ranges [a, b) whose logits of all N tokens (and whose converted weight) fit the workspace."""
-    # Where the weight has another dtype, so has its gradient: one slice each.
+    # The gradient takes the logits' place where it has their dtype. Where the weight has another dtype, so has its
+    # gradient: one slice each.
+    logit = logits_dtype.itemsize + (0 if logits_dtype == hidden.dtype else hidden.element_size())
     converted = 0 if weight.dtype == hidden.dtype else 2 * weight.shape[1] * hidden.element_size()
-    per_column = max(len(hidden), 1) * logit_bytes(hidden.dtype, logits_dtype) + converted
+    per_column = max(len(hidden), 1) * logit + converted
     return even_ranges(len(weight), workspace_bytes(hidden.device) // per_column, 128)
 
 
-def token_chunks(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype, spared: int) -> list[tuple[int, int]]:
+def token_chunks(hidden: Tensor, weight: Tensor, spared: int) -> list[tuple[int, int]]:
     """Token ranges [a, b) whose logits fit the workspace, or one of all N tokens where its peak of memory is no higher.
 
     spared: bytes by which the accumulator of dWeight that several chunks need is larger than dWeight. Several chunks
     hold max(workspace + accumulator, accumulator + dWeight), the second in backward; one holds its logits + dWeight.
     """
     budget = workspace_bytes(hidden.device)
-    per_token = len(weight) * logit_bytes(hidden.dtype, logits_dtype)
+    per_token = len(weight) * hidden.element_size()
     if spared and len(hidden) * per_token <= spared + max(budget, weight.numel() * weight.element_size()):
         budget = len(hidden) * per_token
     return even_ranges(len(hidden), budget // per_token, 1)
@@ -475,10 +472,10 @@ class LinearNLL(torch.autograd.Function):
     """-Σ token_weight · logp. The gradient is formed in forward, from the one copy of the logits that is ever made."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, token_weight, dtype, logits_dtype, temperature, softcap):
+    def forward(ctx, hidden, weight, bias, target, token_weight, dtype, temperature, softcap):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
-            stats_dtype = torch.promote_types(logits_dtype, torch.float32)
+            stats_dtype = torch.promote_types(dtype, torch.float32)
             token_weight = upstream(token_weight, target, stats_dtype)
             # The upstream scalar (a loss scale, say) is not known yet. With a largest weight of 1 fp16 does not underflow.
             scale = token_weight.abs().amax() if len(target) else token_weight.sum()
@@ -490,11 +487,10 @@ class LinearNLL(torch.autograd.Function):
             # upstream scalar makes it small, could overflow.
             narrow = need_weight and weight.dtype == dtype and dtype != torch.float16
             spared = weight.numel() * (stats_dtype.itemsize - dtype.itemsize) if narrow else 0
-            chunks = token_chunks(h, w, logits_dtype, spared)
+            chunks = token_chunks(h, w, spared)
             dw_dtype = weight.dtype if narrow and len(chunks) == 1 else stats_dtype
             rows = chunks[0][1] if chunks else 0
-            workspace = Workspace(rows, len(weight), h, logits_dtype)
-            gradients = workspace if logits_dtype == dtype else Workspace(rows, len(weight), h, dtype)
+            workspace = Workspace(rows, len(weight), h, dtype)
             stats, grad = passes(workspace.buffer)
             dh_dtype = torch.promote_types(hidden.dtype, dtype)  # rounded to hidden's in backward, once
             dh = torch.empty(h.shape, dtype=dh_dtype, device=h.device) if need_hidden else None
@@ -503,7 +499,7 @@ class LinearNLL(torch.autograd.Function):
             db = torch.zeros(bias.shape, dtype=stats_dtype, device=h.device) if need_bias else None
             loss = torch.zeros((), dtype=stats_dtype, device=h.device)
             for a, b in chunks:
-                logits, dz = workspace.view(b - a, len(weight)), gradients.view(b - a, len(weight))
+                logits = dz = workspace.view(b - a, len(weight))  # the gradient takes the logits' place
                 state = new_state(target[a:b], stats_dtype)
                 project(h[a:b], w, bias, logits)
                 stats(logits, 0, target[a:b], state, temperature, softcap, False)
@@ -533,7 +529,7 @@ class LinearNLL(torch.autograd.Function):
                 # One pass: scaled in the accumulator's precision, rounded once.
                 d = d.mul_(grad) if d.dtype == dtype else torch.mul(d, grad, out=torch.empty_like(d, dtype=dtype))
             scaled.append(d)
-        return *scaled, *(None,) * 6
+        return *scaled, *(None,) * 5
 
 
 class TokenLogprob(torch.autograd.Function):
@@ -666,7 +662,6 @@ def linear_nll(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """-Σ_i token_weight_i · logp_i, a scalar, for losses whose token weights are known beforehand (SFT, ReST).
 
@@ -680,16 +675,16 @@ def linear_nll(
 
     Args:
         token_weight: (N,), such as response_mask / number of response tokens. Constants: they get no gradient.
-        others: see `linear_logprob`, as for what is returned (fp32) and raised.
+        others, dtype of the result, errors: see `linear_logprob`.
     """
-    target, dtype, logits_dtype = check_linear(hidden, weight, target, bias, temperature, softcap, logits_dtype)
+    target, dtype, _ = check_linear(hidden, weight, target, bias, temperature, softcap, None)
     if token_weight.shape != target.shape or token_weight.device != target.device:
         raise ValueError(f"token_weight must be {tuple(target.shape)} on {target.device}, got "
                          f"{tuple(token_weight.shape)} on {token_weight.device}")  # fmt: skip
     token_weight = token_weight.detach()
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
-        return LinearNLL.apply(hidden, weight, bias, target, token_weight, dtype, logits_dtype, temperature, softcap)
-    logp = LinearLogprob.apply(hidden, weight, bias, target, dtype, logits_dtype, temperature, softcap, False)
+        return LinearNLL.apply(hidden, weight, bias, target, token_weight, dtype, temperature, softcap)
+    logp = LinearLogprob.apply(hidden, weight, bias, target, dtype, dtype, temperature, softcap, False)
     return -weighted_sum(logp, token_weight)
 
 

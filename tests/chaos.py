@@ -192,9 +192,9 @@ def signals_and_full_disks(home: Path, folder: Path, most: int):
 TOLD = {  # what the unit tests hold, counted here: name -> where
     "NaN in weights, gradients, losses": "tests/test_faults.py -k finite",
     "two runs in one folder, folders that are none": "tests/test_faults.py -k 'live_run or places or resume'",
-    "ranks that fail, hosts that vanish, launchers killed": "tests/test_ranks.py -k 'rank or host or signal or launcher'",
+    "ranks that fail, hosts that vanish, launchers killed": "tests/test_ranks.py -k 'watch or host or mistake or exception or signal or launcher'",
     "judge's endpoints, and keys that stay secret": "tests/test_judge.py -k 'secret or key or drips or cache or killed or mended'",
-    "pages escaped": "tests -k escaped",
+    "pages escaped": "tests/test_report.py -k escaped",
 }
 
 
@@ -293,7 +293,7 @@ def programs(home: Path, folder: Path, count: int):
                     continue
             except BaseException as error:
                 print(f"     {name} {words[0]}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-                shutil.copy(odd, folder.parent / f"chaos-{name}-{type(error).__name__}.jsonl")
+                shutil.copy(odd, folder / f"{name}-{type(error).__name__}.jsonl")
                 continue
             good += len(some)
     said("odd rows in eval programs without a traceback", good, tried, more=f" ({ended_well} calls came to a result)")
@@ -328,20 +328,20 @@ def main():
     parser.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make = type("Factory", (), {"mktemp": staticmethod(lambda x: (folder / x).mkdir() or folder / x)})
-        home = getattr(tiny.home, "__wrapped__", None) or tiny.home._get_wrapped_function()
-        home = home(make)
-        kills(home, folder, args.kills)
-        signals_and_full_disks(home, folder, min(args.kills, 6))
-        told()
-        rows(folder, args.rows)
-        programs(home, folder, args.rows)
-        long_run(home, folder, args.steps)
+    folder = Path(tempfile.mkdtemp())
+    make = type("Factory", (), {"mktemp": staticmethod(lambda x: (folder / x).mkdir() or folder / x)})
+    home = tiny.home.__wrapped__(make)
+    kills(home, folder, args.kills)
+    signals_and_full_disks(home, folder, min(args.kills, 6))
+    told()
+    rows(folder, args.rows)
+    programs(home, folder, args.rows)
+    long_run(home, folder, args.steps)
+    if not BAD:  # what failed can be looked at
+        shutil.rmtree(folder)
     if vars(args) == vars(parser.parse_args([])):  # the whole of it, which docs/faults.md shows
         (Path(__file__).resolve().parent.parent / "bench" / "results" / "chaos.txt").write_text("\n".join(LINES) + "\n")
-    print("all is well" if not BAD else f"{BAD} tests failed")
+    print("all is well" if not BAD else f"{BAD} tests failed: see {folder}")
     raise SystemExit(bool(BAD))
 
 

@@ -1,5 +1,6 @@
-"""bench/kernels.py: what is measured, against what, and that a method which fails costs one cell."""
+"""bench/kernels.py: what is measured, against what, and that a method which fails costs one cell; mistakes told by others."""
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import peers, step
 from kernels import linear_logprob, linear_nll
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +64,7 @@ def test_reference(entropy):
 
 
 def test_a_failure_costs_one_cell(monkeypatch):
-    calls = []
+    calls, again = [], []
 
     def no_forward(h, w, t, g):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
@@ -85,6 +87,12 @@ def test_a_failure_costs_one_cell(monkeypatch):
             raise ValueError("in a round")
         return linear_nll(h, w, t, g)
 
+    def second(h, w, t, g):
+        again.append(1)
+        if len(again) == 2:  # where memory is measured
+            raise RuntimeError("no memory")
+        return linear_nll(h, w, t, g)
+
     def detached(h, w, t, g):
         return -(linear_logprob(h, w, t) * g).sum() * 2  # runs, and is wrong
 
@@ -92,8 +100,8 @@ def test_a_failure_costs_one_cell(monkeypatch):
         raise AssertionError("is not called")
 
     methods = {
-        "no forward": no_forward, "no backward": no_backward, "later": later, "wrong": detached, "missing": missing,
-        "linear_nll (weights known)": linear_nll,
+        "no forward": no_forward, "no backward": no_backward, "later": later, "second": second, "wrong": detached,
+        "missing": missing, "linear_nll (weights known)": linear_nll,
     }  # fmt: skip
     monkeypatch.setattr(bench, "METHODS", {name: (method, 3) for name, method in methods.items()})
     monkeypatch.setattr(bench, "PACKAGES", {missing: "no-such-package"})
@@ -104,6 +112,7 @@ def test_a_failure_costs_one_cell(monkeypatch):
     assert rows["no backward"]["failed"] == {"both": "OutOfMemoryError: in backward"}
     assert len(rows["no backward"]["forward"]) == 2 and rows["no backward"]["error"] is None
     assert rows["later"]["failed"] == dict.fromkeys(("forward", "both"), "ValueError: in a round")
+    assert rows["second"]["failed"] == {"forward": "RuntimeError: no memory"}
     assert rows["missing"] == {"status": "not installed"}
     assert abs(rows["wrong"]["error"]["weight"] - 1) < 1e-5 and rows["wrong"]["status"] == "ok"
     assert rows["linear_nll (weights known)"]["status"] == "ok" and len(rows["linear_nll (weights known)"]["both"]) == 2
@@ -159,3 +168,40 @@ def test_targets_on_a_gpu(frozen):
     rows["Liger"] = row(1.0, 5.0, 10)
     (liger,) = bench.targets(result, "cuda", 2**20)[5:]
     assert liger["value"] == pytest.approx((products + 3 + scaling) / 5) and not liger["met"]
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("--method sft", "trl is not installed: pip install trl"),
+        ("--losses --method dvpo", "--method dvpo: choose from"),
+    ],
+)
+def test_mistakes_beside_trl(line, told, monkeypatch, tmp_path, capsys):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(sys, "argv", ["peers.py", *line.split(), "--output", str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit) as ended:
+        peers.main()
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_a_script_measured_by_step_can_tell_a_mistake(tmp_path):
+    settings = dict.fromkeys(("prompt_tokens", "response_tokens", "steps", "warmup", "nproc"), 1)
+    settings |= dict.fromkeys(("zero_stage", "bf16", "gradient_checkpointing", "empty"), 0)
+    settings |= {"rollout_batch_size": 6, "batch_size": 4, "micro_tokens": 64, "clock": "cpu"}
+    command = [sys.executable, "bench/step.py", "--worker", json.dumps(["ppo", str(tmp_path), settings])]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 2 and "error: --rollout_batch_size" in run.stderr, run.stderr
+
+
+def test_shares_of_the_peak_are_told_apart(capsys):
+    row = {"algo": "dvpo", "seconds": dict.fromkeys((*step.PHASES, "total"), 1.0), "ratio_to_ppo": None}
+    row |= {"peak_memory_mb": 1.0, "share_of_peak": dict.fromkeys(step.PHASES, 0.5)}
+    sizes = ("nproc", "zero_stage", "rollout_batch_size", "batch_size", "response_tokens", "prompt_tokens")
+    report = {"settings": dict.fromkeys(sizes, 1) | {"shape": "tiny", "clock": "wall"}, "versions": {"torch": ""}}
+    report |= {"machine": {"load_before": [], "load_after": []}} | dict.fromkeys(("device", "date", "commit"), "")
+    step.show(report | {"rows": [row | {"share_backbone": shared} for shared in (False, True)]})
+    assert capsys.readouterr().out.endswith(f"  dvpo: 0.5, 0.5, 0.5\n  {step.SHARED}: 0.5, 0.5, 0.5\n")

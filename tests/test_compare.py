@@ -18,7 +18,8 @@ from test_report import Tags
 
 from eval import compare, report
 
-T = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 7: 2.3646, 10: 2.2281, 30: 2.0423, 120: 1.9799}  # a book's
+# from a printed table
+T = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 7: 2.3646, 10: 2.2281, 30: 2.0423, 120: 1.9799}
 
 
 def make(folder, seed=0, steps=40, ended=True, final=1.0, metrics=("gold", "kl"), **flags):
@@ -80,7 +81,7 @@ def test_intervals_are_those_of_naive_ones():
     # a side without spread: those of the other alone
     half = T[3] * statistics.stdev([1, 2, 4, 9]) / 2
     assert compare.welch([2.0, 2.0], [1, 2, 4, 9]) == pytest.approx((2, 2 - half, 2 + half), abs=1e-4)
-    # unequal: a worked case, u = 2 / 3 / ... by hand
+    # unequal: Welch and Satterthwaite's degrees of freedom, written out
     x, y = [10.0, 12.0, 17.0], [20.0, 21.0, 19.0, 24.0]
     u, v = statistics.variance(x) / 3, statistics.variance(y) / 4
     half = report.t95((u + v) ** 2 / (u * u / 2 + v * v / 3)) * math.sqrt(u + v)
@@ -169,7 +170,7 @@ def test_flags(tmp_path):
         report.read_run(Path(make(tmp_path / f"b-{s}", s, kl_coef=0.2, data="x/y", gvm=f"runs/{s}/v11")))
         for s in (1, 12, 3)
     ]
-    # policy is runs/seed1/sft, runs/seed12/sft, ...: of the seed; a 1 in v11 is none
+    # policy differs by the seed alone (runs/seed1/sft, runs/seed12/sft): not told; the 1 in v11 is no seed
     assert compare.differing([a, b]) == [("kl_coef", "0.1", "0.2"), ("old", "1", "–"), ("data", "–", '"x/y"')]
     assert compare.mixed(a) == [] and compare.labels([a, b]) == ["a-1*", "b-*"]
     odd = report.read_run(Path(make(tmp_path / "odd", 4, kl_coef=0.3, old=1, gvm="runs/4/v11")))
@@ -217,7 +218,7 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
     (tmp_path / "b-none").mkdir()
     (tmp_path / "b.log").write_text("hello")
     aside = make(tmp_path / "b-1.1", 1, final=9.0, output_dir=str(tmp_path / "b-1"))
-    decimal = make(tmp_path / "b-0.3", 3, final=2.0)  # a name of itself
+    decimal = make(tmp_path / "b-0.3", 3, final=2.0)  # a name in its own right
     given = [[*a, going], [*b, str(tmp_path / "b-none"), str(tmp_path / "b.log"), aside, str(tmp_path / "gone")]]
     rows, out = compared(*given, tmp_path / "out", capsys)
     assert list(rows) == ["gold"] and rows["gold"].how == "2 seeds paired"
@@ -268,7 +269,7 @@ def test_odd_metrics(tmp_path, capsys):
     ]
     assert list(run.curves["gold"][:3]) == [1, 2, 3] and math.isnan(run.curves["gold"][3])
     assert "6 lines of metrics.jsonl" in run.notes[0]
-    assert "of 4 steps so many have a number: gold 3, kl 0, loss 0, part 1" in run.notes[1]
+    assert "only some of the 4 steps have a number: gold 3, kl 0, loss 0, part 1" in run.notes[1]
     error = refused(["--a", str(a), "--b", str(b)], capsys)
     assert "without a number in the last tenth of steps: gold: left out" in error and "only in b: kl" in error
     (a / "metrics.jsonl").write_text("\n".join(odd[:4]) + "\n")

@@ -24,7 +24,7 @@ def test_ead():
     rng = np.random.default_rng(0)
     random_tokens = [diversity.ead(rng.integers(0, 50, (8, 12)).tolist(), 50) for _ in range(300)]
     assert np.mean(random_tokens) == pytest.approx(1, abs=0.01)  # what the expectation is there for
-    assert diversity.ead([[7] * 20] * 8, 50) < 0.03 and diversity.ead([[], []], 50) == 0
+    assert diversity.ead([[7] * 20] * 8, 50) < 0.03 and diversity.ead([[], []], 50) == diversity.ead([[], []], 0) == 0
 
 
 def bleu(text, references, n):
@@ -55,6 +55,13 @@ def test_self_bleu():
     assert diversity.self_bleu(apart, 2) < 0.1
     assert diversity.self_bleu(["yes", "yes"], 3) == pytest.approx(1)  # too short for 2-grams
     assert diversity.self_bleu(["", "yes"], 2) == 0
+
+
+def test_the_seed_is_that_of_the_bootstrap():
+    rows = [{"responses": [{"text": " ".join("abcd"[: i % 3 + 2])}, {"text": "a b"}]} for i in range(9)]
+    found = [diversity.measure(rows, str.split, 4, 2, seed)["ead"] for seed in (0, 1)]
+    assert found[0]["mean"] == found[1]["mean"] and found[0]["ci95"] != found[1]["ci95"]
+    assert diversity.measure(rows, str.split, 4, 2)["ead"] == found[0]
 
 
 def test_files_share_one_vocabulary(tmp_path, capsys):

@@ -192,7 +192,7 @@ def test_kto_sides():
 
 def test_kto_never_shows_a_response_its_own_prompt():
     """And each that has a side just once, whatever the batch: a prompt that comes twice in it, or is all there is."""
-    group = lambda prompt, n: dpo.Group("", [([prompt], [prompt, k]) for k in range(n)], [float(k) for k in range(n)])
+    group = lambda prompt, n: dpo.Group([([prompt], [prompt, k]) for k in range(n)], [float(k) for k in range(n)])
     data = [group(prompt, n) for prompt, n in ((1, 2), (2, 3), (2, 4), (3, 2), (4, 5))]
     for batch in (data, data[:3], data[1:3], data[:1], data[3:]):
         rows = dpo.mismatched(batch, data)
@@ -307,15 +307,6 @@ def test_vcb_reaches_its_stated_optimum():
     for pairs, floor in (("upper", math.log(15)), ("mean", 0.0)):
         assert value(want, pairs).item() == pytest.approx(floor, abs=1e-9)
         torch.testing.assert_close(minimiser(lambda p, pairs=pairs: value(p, pairs)), want, rtol=0, atol=1e-4)
-
-
-def test_vcb_ignores_shift_and_scale_of_rewards():
-    for change in (lambda r: r + 7, lambda r: 40 * r):
-        values = [
-            vcb_loss(normalised(REWARD)[None], REFERENCE[None], r[None], gamma=GAMMA).item()
-            for r in (REWARD, change(REWARD))
-        ]
-        assert values[0] == pytest.approx(values[1], rel=1e-12)
 
 
 def test_dpo_reaches_its_stated_optimum_only_with_the_preferences_of_bradley_terry():
@@ -530,52 +521,44 @@ def logps_of(folder, rows):
     return found
 
 
-@pytest.mark.parametrize("normalize", ["no", "yes"])
-@pytest.mark.parametrize("swapped", [False, True])
-def test_first_step_of_kto_equals_a_loop(home, tmp_path, other, sided, normalize, swapped):
-    """Prompts, sides, z0 and the mean over responses, all made anew here from the text; either model as the policy."""
-    policy, reference = (other, home / "base") if swapped else (home / "base", other)
-    settings = {"gamma": 0.3, "length_normalize": normalize, "desirable_weight": 1.2, "undesirable_weight": 0.5}
-    where = {"policy": str(policy), "reference": str(reference), "data": sided}
-    folder = run(
-        home, "dpo", tmp_path / "out", loss="kto", steps=1, batch_size=7, micro_tokens=100, **where, **settings
-    )
-    first = metrics(folder)[0]
-    tokenizer, args = sft.load_tokenizer(str(home / "base"), dpo.Args()), dpo.Args(data=str(home / sided))
-    groups = dpo.load_groups(tokenizer, args, args.data, "train")
-    order = list(range(len(groups)))
-    random.Random("0/0").shuffle(order)
-    own, strange, side = [], [], []
-    for k, at in enumerate(order):
-        group, neighbour = groups[at], groups[order[(k + 1) % len(order)]]
-        mean = sum(group.rewards) / len(group.rewards)
-        for (prompt, response), reward in zip(group.rows, group.rewards, strict=True):
-            if reward != mean:
-                own.append((prompt, response))
-                strange.append((neighbour.rows[0][0], response))
-                side.append(reward > mean)
-    assert len(side) == 7 * 2 + 3 - 2
-    length = [len(response) if normalize == "yes" else 1 for _, response in own]
-    ratios = [
-        [(a - b) / n for a, b, n in zip(logps_of(policy, rows), logps_of(reference, rows), length, strict=True)]
-        for rows in (own, strange)
-    ]
-    mean = sum(ratios[1]) / len(ratios[1])
-    z0 = max(0.0, mean)
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))
-    want = [1.2 - 1.2 * sigmoid(0.3 * (r - z0)) if s else 0.5 - 0.5 * sigmoid(0.3 * (z0 - r))
-            for r, s in zip(ratios[0], side, strict=True)]  # fmt: skip
-    assert first["z0"] == pytest.approx(z0, abs=1e-4) and first["loss"] == pytest.approx(
-        sum(want) / len(want), abs=2e-5
-    )
-    Z0S[normalize, swapped] = mean
-
-
-Z0S = {}
-
-
-def test_z0_was_tried_on_both_sides_of_its_clamp():
-    assert len(Z0S) == 4 and min(Z0S.values()) < -0.01 and max(Z0S.values()) > 0.01
+def test_first_step_of_kto_equals_a_loop(home, tmp_path, other, sided):
+    """Prompts, sides, z0 and the mean over responses, all made anew here from the text; either model as the policy, so that z0
+    lies on both sides of its clamp."""
+    means = []
+    for normalize, swapped in itertools.product(("no", "yes"), (False, True)):
+        policy, reference = (other, home / "base") if swapped else (home / "base", other)
+        settings = {"gamma": 0.3, "length_normalize": normalize, "desirable_weight": 1.2, "undesirable_weight": 0.5}
+        settings |= {"policy": str(policy), "reference": str(reference), "data": sided, "micro_tokens": 100}
+        out = tmp_path / f"{normalize}_{swapped}"
+        first = metrics(run(home, "dpo", out, loss="kto", steps=1, batch_size=7, **settings))[0]
+        tokenizer, args = sft.load_tokenizer(str(home / "base"), dpo.Args()), dpo.Args(data=str(home / sided))
+        groups = dpo.load_groups(tokenizer, args, args.data, "train")
+        order = list(range(len(groups)))
+        random.Random("0/0").shuffle(order)
+        own, strange, side = [], [], []
+        for k, at in enumerate(order):
+            group, neighbour = groups[at], groups[order[(k + 1) % len(order)]]
+            mean = sum(group.rewards) / len(group.rewards)
+            for (prompt, response), reward in zip(group.rows, group.rewards, strict=True):
+                if reward != mean:
+                    own.append((prompt, response))
+                    strange.append((neighbour.rows[0][0], response))
+                    side.append(reward > mean)
+        assert len(side) == 7 * 2 + 3 - 2
+        length = [len(response) if normalize == "yes" else 1 for _, response in own]
+        ratios = [
+            [(a - b) / n for a, b, n in zip(logps_of(policy, rows), logps_of(reference, rows), length, strict=True)]
+            for rows in (own, strange)
+        ]
+        mean = sum(ratios[1]) / len(ratios[1])
+        z0 = max(0.0, mean)
+        sigmoid = lambda x: 1 / (1 + math.exp(-x))
+        want = [1.2 - 1.2 * sigmoid(0.3 * (r - z0)) if s else 0.5 - 0.5 * sigmoid(0.3 * (z0 - r))
+                for r, s in zip(ratios[0], side, strict=True)]  # fmt: skip
+        assert first["z0"] == pytest.approx(z0, abs=1e-4)
+        assert first["loss"] == pytest.approx(sum(want) / len(want), abs=2e-5)
+        means.append(mean)
+    assert min(means) < -0.01 and max(means) > 0.01
 
 
 @pytest.mark.parametrize("options", [LATER["simpo"], LATER["orpo"]], ids=["simpo", "orpo"])

@@ -160,7 +160,7 @@ def test_the_terminal_value_is_kept(advantage):
 
 @pytest.mark.parametrize("advantage", FORMS)
 def test_a_token_likelier_under_the_policy_than_under_the_reference_has_a_lower_advantage(advantage):
-    lengths, mask, noise = ragged(7)
+    _, mask, noise = ragged(7)
     values, old_logp, ref_logp = noise(9), noise(), noise()
     more = old_logp.clone()
     more[1, 3] += 2  # length 8: tokens 0 to 7
@@ -168,7 +168,6 @@ def test_a_token_likelier_under_the_policy_than_under_the_reference_has_a_lower_
     assert found[1][1, 3] < found[0][1, 3]
     none = [dvpo.advantages(values, x - ref_logp, mask, advantage=advantage, kl_coef=0.0) for x in (old_logp, more)]
     assert torch.equal(*none)
-    assert lengths[1] == 8
 
 
 @pytest.mark.parametrize("advantage", FORMS)
@@ -374,10 +373,9 @@ def test_tau_partners_are_on_other_prompts_than_x_and_than_each_other():
 def test_tau_partners_follow_keys_and_seed_alone():
     keys = [f"prompt {i}" for i in range(16)]
     found = dvpo.tau_partners(keys, 2, "0/1")
-    for rank in range(4):  # every rank computes all of them, whatever it has drawn before, and takes its own
+    for rank in range(4):  # every rank computes all of them, whatever it has drawn before
         random.seed(rank)
-        mine = slice(rank * 4, rank * 4 + 4)
-        assert dvpo.tau_partners(keys, 2, "0/1")[mine] == found[mine]
+        assert dvpo.tau_partners(keys, 2, "0/1") == found
     assert dvpo.tau_partners(keys, 2, "0/2") != found
     assert {j for others in found for j in others} > set(range(0, 16, 2))  # the partners of all are not the same few
 

@@ -1,6 +1,6 @@
 """Model families: tiny random models of each through the scripts, their log-probs, and the tokens of their chat templates.
 
-`pytest -m slow` has the whole chain for every family; without it three families and DeBERTa's reward model go through it.
+`make test-all` takes every family through the whole chain, `make test` three of them and DeBERTa's reward model.
 """
 
 import contextlib
@@ -176,7 +176,7 @@ def stock_logps(model, rows, temperature=1.0):
 def test_log_probs_are_those_of_the_models_own_logits(home, family):
     import transformers
 
-    args, rows = SimpleNamespace(**vars(sft.Args())), random_rows()
+    args, rows = sft.Args(), random_rows()
     model = sft.load_model("causal", str(home / family), sft.load_tokenizer(str(home / family), args), args).eval()
     assert all(getattr(model.config, key) == value for key, value in FAMILIES[family][2].items())
     batch, policy = sft.collate(rows, 0), sft.Policy(model)
@@ -198,7 +198,7 @@ PACKED = SimpleNamespace(micro_tokens=4096, padding=False)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_sequences_are_those_of_padded_ones(home, family):
     """Log-probs, values and rewards of sequences that share rows, and the gradient of the log-probs."""
-    args = SimpleNamespace(**vars(sft.Args()))
+    args = sft.Args()
     rows = random_rows(((3, 4), (9, 1), (1, 7), (20, 10), (2, 3), (15, 6), (4, 4)))  # short ones fit beside long ones
     tokenizer = sft.load_tokenizer(str(home / family), args)
     load = lambda kind: sft.load_model(kind, str(home / family), tokenizer, args).eval()
@@ -242,7 +242,7 @@ def test_flash_attention_is_told_where_packed_sequences_begin(home, family):
 
     AttentionInterface.register("flash_reference", reference_flash)
     AttentionMaskInterface.register("flash_reference", lambda *_, **__: None)
-    args = SimpleNamespace(**vars(sft.Args()))
+    args = sft.Args()
     rows = random_rows(((3, 4), (9, 1), (1, 7), (20, 10), (2, 3), (15, 6), (4, 4)))
     model = sft.load_model("causal", str(home / family), sft.load_tokenizer(str(home / family), args), args).eval()
     policy = sft.Policy(model)
@@ -253,33 +253,35 @@ def test_flash_attention_is_told_where_packed_sequences_begin(home, family):
     assert float((padded - packed).abs().max()) < 1e-5
 
 
+def forgets_positions(monkeypatch):
+    """Llama's mask without the positions by which packed sequences are told apart."""
+    from transformers.models.llama import modeling_llama
+
+    mask = modeling_llama.create_causal_mask
+    forgetful = lambda *args, **options: mask(*args, **options | {"position_ids": None})
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", forgetful)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_packed_sequence_that_is_seen_shows_far_above_rounding(home, monkeypatch, bf16):
+def test_a_packed_sequence_that_is_seen_shows_far_above_rounding(monkeypatch, bf16):
     """Also in a model that is not trained yet, whose attention does little."""
     from transformers import LlamaForCausalLM
-    from transformers.models.llama import modeling_llama
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(toy.config()).to(torch.bfloat16 if bf16 else torch.float32)
     limit = 0.05 if bf16 else 1e-3
     assert packing_gap(model) < limit / 4
-    mask = modeling_llama.create_causal_mask
-    forgetful = lambda *args, **options: mask(*args, **options | {"position_ids": None})
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", forgetful)
+    forgets_positions(monkeypatch)
     assert packing_gap(model) > 3 * limit
 
 
 def test_a_frozen_reward_model_that_mixes_packed_sequences_is_refused(home, tmp_path, capsys, monkeypatch):
-    from transformers.models.llama import modeling_llama
-
     args = sft.Args()
     tokenizer = sft.load_tokenizer(str(home / "llama"), args)
     sft.load_model("reward", str(home / "llama"), tokenizer, args).save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
     sample.TextReward(str(tmp_path / "rm"), sample.Args(), CPU)
-    mask = modeling_llama.create_causal_mask
-    forgetful = lambda *args, **options: mask(*args, **options | {"position_ids": None})
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", forgetful)
+    forgets_positions(monkeypatch)
     with pytest.raises(SystemExit):
         sample.TextReward(str(tmp_path / "rm"), sample.Args(), CPU)
     assert "give --padding" in capsys.readouterr().err
@@ -287,11 +289,7 @@ def test_a_frozen_reward_model_that_mixes_packed_sequences_is_refused(home, tmp_
 
 
 def test_a_family_that_mixes_packed_sequences_is_refused(home, tmp_path, capsys, monkeypatch):
-    from transformers.models.llama import modeling_llama
-
-    mask = modeling_llama.create_causal_mask
-    forgetful = lambda *args, **options: mask(*args, **options | {"position_ids": None})
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", forgetful)
+    forgets_positions(monkeypatch)
     flags = ["--model", str(home / "llama"), "--data", str(home / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
         sft.main([*flags, "--steps", "1"])

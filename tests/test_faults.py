@@ -47,7 +47,7 @@ def refused(capfd, *words, **named):
         if "it/s" not in line and "it [" not in line and line.strip()
     ]
     told = [line for line in lines if line.startswith("error: ")]
-    assert ended.value.code == 2 and told == lines[-1:] and "Traceback" not in lines, lines
+    assert ended.value.code == 2 and told == lines[-1:] and "Traceback" not in "\n".join(lines), lines
     return told[0]
 
 
@@ -216,10 +216,8 @@ def test_an_eval_program_that_is_ended_or_cannot_write_says_so_in_one_line(capfd
 
 # ---------------------------------------------------------------------------------------------------------- run folders
 def test_a_folder_that_a_live_run_writes_to_is_refused_and_a_dead_ones_is_not(home, tmp_path, capfd):
-    out, code = (
-        tmp_path / "out",
-        "import sft, time, sys; sft._lock.append(sft.locked(sft.Path(sys.argv[1]))); print('held', flush=True); time.sleep(60)",
-    )
+    out = tmp_path / "out"
+    code = "import sft, time, sys; sft._lock.append(sft.locked(sft.Path(sys.argv[1]))); print('held', flush=True); time.sleep(60)"
     out.mkdir()
     (out / "args.json").write_text("{}")
     with subprocess.Popen(
@@ -264,6 +262,12 @@ def test_resume_checks_what_it_goes_on_with(home, tmp_path, capfd):
     SCRIPTS["vcb"]._lock.clear()
     torch.save(saved | {"world": 2}, out / "checkpoints" / "step_0000002" / "rank_0.pt")
     assert "is of 2 ranks, and these are 1" in refused(capfd, home, "sft", out, resume=True, **SAVED)
+
+
+def test_a_resume_without_readable_settings_is_one_line(home, tmp_path, capfd):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "args.json").write_text('{"half')
+    assert "no run of this script" in refused(capfd, home, "sft", tmp_path / "out", resume=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -388,7 +392,7 @@ def test_the_first_signal_saves_and_says_how_to_go_on(tmp_path, number):
     process.communicate()
 
 
-def test_before_a_step_or_twice_a_signal_ends_at_once(tmp_path):
+def test_before_a_step_or_twice_a_signal_ends_at_once():
     process = subprocess.Popen([sys.executable, "-c", "import sft, time; sft.catch_signals(); print('ready', flush=True); time.sleep(60)"],
                                cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     assert process.stdout.readline() == "ready\n"
@@ -413,25 +417,6 @@ def test_workers_that_a_pool_ends_say_nothing():
     code = "import sft, multiprocessing\nsft.catch_signals()\nwith multiprocessing.get_context('fork').Pool(2) as pool: print(pool.map(abs, [-1, 2]))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert (found.returncode, found.stdout, found.stderr) == (0, "[1, 2]\n", "")
-
-
-def test_the_temperature_of_vcb_may_be_above_1(home, tmp_path):
-    flags = {
-        "policy": home / "base",
-        "data": home / "graded.jsonl",
-        "lam": 2,
-        "steps": 1,
-        "batch_size": 4,
-        "output_dir": tmp_path / "out",
-    }
-    SCRIPTS["vcb"].main([x for name, value in flags.items() for x in (f"--{name}", str(value))])
-    assert (tmp_path / "out" / "final").is_dir()
-
-
-def test_a_resume_without_readable_settings_is_one_line(home, tmp_path, capfd):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "args.json").write_text('{"half')
-    assert "no run of this script" in refused(capfd, home, "sft", tmp_path / "out", resume=True)
 
 
 @pytest.mark.parametrize("env", [{"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}])
@@ -501,14 +486,6 @@ def test_what_a_row_must_not_hold(tmp_path, capfd, row, says):
     assert ended.value.code == 2 and says in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["ppo", "reinforce"])
-def test_a_reward_that_is_a_function_needs_no_reward_model(home, tmp_path, script):
-    file = tmp_path / "check.py"
-    file.write_text("def three(prompts, responses):\n    return [3 + 0 * len(r) for r in responses]\n")
-    out = run(home, script, tmp_path / "out", reward=(f"2*{file}:three",), reward_model="nowhere", eos_penalty=0.0)
-    assert {row["reward"] for row in metrics(out)} == {6.0}
-
-
 # ---------------------------------------------------------------------------------------------------------------- --trace
 @pytest.mark.parametrize("script", ["gvm", "dvpo", "ppo", "vcb", "dpo"])
 def test_trace_shows_what_the_loss_is_made_of_and_leaves_no_files(home, tmp_path, monkeypatch, script):
@@ -543,14 +520,8 @@ def test_trace_shows_what_the_loss_is_made_of_and_leaves_no_files(home, tmp_path
                 cut = min(max(row["ratio"], 0.8), 1.2)
                 assert row["loss"] == near(-min(row["ratio"] * row["A_t"], cut * row["A_t"]), row["A_t"])
     if script == "vcb":
-        assert (
-            abs(
-                sum(row["r / sigma"] ** 2 for row in rows) / len(rows)
-                - (sum(row["r / sigma"] for row in rows) / len(rows)) ** 2
-                - 1
-            )
-            < 0.01
-        )
+        x = torch.tensor([row["r / sigma"] for row in rows])
+        assert float(x.var(correction=0)) == pytest.approx(1, abs=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------- trackers
@@ -618,8 +589,149 @@ def test_a_file_whose_first_row_is_no_object_is_one_line(tmp_path, text):
         ("ppo", "discount", "nan"), ("vcb", "lam", "0"), ("rest", "max_grad_norm", "-1"), ("sft", "seed", "99999999999999999999"),
     ],
 )  # fmt: skip
-def test_values_out_of_bounds(monkeypatch, capfd, script, flag, value):
+def test_values_out_of_bounds(capfd, script, flag, value):
     with pytest.raises(SystemExit) as ended:
         SCRIPTS[script].main([f"--{flag}", value])
     error = capfd.readouterr().err
     assert ended.value.code == 2 and re.search(rf"--{flag} \S+: give (a number from )?\S+", error), error
+
+
+def test_the_temperature_of_vcb_may_be_above_1(home, tmp_path):
+    flags = {
+        "policy": home / "base",
+        "data": home / "graded.jsonl",
+        "lam": 2,
+        "steps": 1,
+        "batch_size": 4,
+        "output_dir": tmp_path / "out",
+    }
+    SCRIPTS["vcb"].main([x for name, value in flags.items() for x in (f"--{name}", str(value))])
+    assert (tmp_path / "out" / "final").is_dir()
+
+
+@pytest.mark.parametrize("script", ["ppo", "reinforce"])
+def test_a_reward_that_is_a_function_needs_no_reward_model(home, tmp_path, script):
+    file = tmp_path / "check.py"
+    file.write_text("def three(prompts, responses):\n    return [3 + 0 * len(r) for r in responses]\n")
+    out = run(home, script, tmp_path / "out", reward=(f"2*{file}:three",), reward_model="nowhere", eos_penalty=0.0)
+    assert {row["reward"] for row in metrics(out)} == {6.0}
+
+
+# ------------------------------------------------------------------------------------- mistakes, and rows with a catch
+def test_rows_of_metrics_are_on_the_disk_before_the_checkpoint_that_goes_on_behind_them(home, tmp_path, monkeypatch):
+    """A second signal, or a power cut, may come between the two."""
+    out, checkpoint, step = tmp_path / "out", sft.Run.checkpoint, sft.Engine.step
+    signalled = lambda engine: sft._signals.append(signal.SIGTERM) or step(engine)
+
+    def killed(run):
+        checkpoint(run)
+        if run.step == 3:
+            raise Killed
+        monkeypatch.setattr(sft.Engine, "step", signalled)  # the next step ends with a signal
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(sft.Run, "checkpoint", killed)
+        run(home, "sft", out, **SAVED)
+    monkeypatch.undo()
+    assert [row["step"] for row in metrics(run(home, "sft", out, resume=True, **SAVED))] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("script", ["rm", "gvm"])
+def test_best_without_a_held_out_row_is_refused(home, tmp_path, capfd, script):
+    how = {"keep_best": True, "eval_every": 1, "eval_share": 0.05}
+    assert "holds out none" in refused(capfd, home, script, tmp_path / "out", **how)
+
+
+def test_a_cut_response_that_sft_imitates_gets_no_end_token():
+    whole = {"prompt": "is the soup good ?", "completion": "the soup is", "answer": "completion"}
+    ids = lambda row: sft.answers(toy.tokenizer(), sft.canonical(row), sft.Args())[0][1]
+    graded = {"prompt": whole["prompt"], "responses": [{"text": "the soup is", "score": 1.0, "complete": False}]}
+    assert ids(whole)[-1] == toy.tokenizer().eos_token_id and ids(graded) == ids(whole)[:-1]
+
+
+def test_a_prompt_that_is_a_system_message_alone_is_no_prompt():
+    system = {"role": "system", "content": "be brief ."}
+    with pytest.raises(ValueError, match="system message only"):
+        sft.as_messages([system])
+    assert len(sft.as_messages([system, {"role": "user", "content": "hello"}])) == 2
+
+
+def test_the_folder_that_holds_one_of_several_files_of_data_is_not_moved_aside(home, tmp_path, capfd):
+    (tmp_path / "out").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(home / "sft.jsonl", tmp_path / "out" / f"{name}.jsonl")
+    data = f"{home}/sft.jsonl,{tmp_path}/out/b.jsonl"
+    assert f"holds --data {tmp_path}/out/b.jsonl" in refused(capfd, home, "sft", tmp_path / "out", data=data)
+
+
+def test_a_template_that_is_no_jinja_is_not_blamed_on_the_rows(home, tmp_path, capfd):
+    (tmp_path / "bad.jinja").write_text("{% for m in messages %}{{ m.content }")
+    told = refused(capfd, home, "sft", tmp_path / "out", chat_template=str(tmp_path / "bad.jinja"))
+    assert f"with --chat_template {tmp_path}/bad.jinja" in told and "row" not in told
+
+
+def test_held_out_prompts_without_an_order_are_refused_by_vcb(home, tmp_path, capfd):
+    tied = [{"prompt": "is the soup good ?", "responses": [{"text": x, "score": 1.0} for x in ("yes", "no")]}]
+    tiny.write_jsonl(tmp_path / "tied.jsonl", tied)
+    told = refused(capfd, home, "vcb", tmp_path / "out", eval_data=str(tmp_path / "tied.jsonl"), eval_split="train")
+    assert "pair with an order" in told
+
+
+def test_log_probs_of_the_reference_that_a_full_disk_does_not_take_are_one_line(home, tmp_path, capfd, monkeypatch):
+    replace = SCRIPTS["vcb"].replace
+
+    def full(path, part, text=None):
+        if path.name == "ref_logp.json":
+            raise OSError(28, "No space left on device")
+        replace(path, part, text)
+
+    monkeypatch.setattr(SCRIPTS["vcb"], "replace", full)
+    assert "ref_logp.json cannot be written" in refused(capfd, home, "vcb", tmp_path / "out")
+
+
+@pytest.mark.parametrize("script", ["vcb", "dpo"])
+def test_a_trace_reads_its_own_step_alone(home, tmp_path, monkeypatch, script):
+    module, rows, original = SCRIPTS[script], [], SCRIPTS[script].sequence_logps
+    monkeypatch.setattr(
+        module, "sequence_logps", lambda policy, some, *rest: rows.extend(some) or original(policy, some, *rest)
+    )
+    run(home, script, tmp_path / "out", trace=True, batch_size=1)
+    assert len(rows) == 2 or len(rows) == 3
+
+
+def test_a_flag_of_another_loss_is_refused(home, tmp_path, capfd):
+    assert "--margin belongs to --loss slic" in refused(capfd, home, "dpo", tmp_path / "out", loss="simpo", margin=7.0)
+
+
+def test_a_shared_backbone_with_lora_begins_at_the_policy_or_not_at_all(home, tmp_path, capfd):
+    how = {"share_backbone": True, "lora_r": 4, "policy": "brief", "reference": str(home / "base")}
+    assert "give the same for both" in refused(capfd, home, "dvpo", tmp_path / "out", **how)
+
+
+def test_snapshots_of_a_shared_backbone_are_the_policys_alone(home, tmp_path):
+    out = run(home, "dvpo", tmp_path / "out", share_backbone=True, lora_r=4, snapshot_every=1, steps=1)
+    (snapshot,) = (out / "snapshots").iterdir()
+    assert (snapshot / "adapter_model.safetensors").is_file() and not (snapshot / "gvm").exists()
+
+
+def test_values_of_the_optimal_policy_need_the_references_own_responses(home, tmp_path, capfd):
+    how = {"baseline": "astar", "n": 1, "kl_target": 0.0}
+    told = refused(capfd, home, "reinforce", tmp_path / "hub", data="openbmb/UltraFeedback", **how)
+    assert "needs `python sample.py`'s file as --data" in told
+    for name, temperature in (("one", 1.0), ("two", 0.5)):
+        (tmp_path / name).mkdir()
+        shutil.copy(home / "graded.jsonl", tmp_path / name / "graded.jsonl")
+        (tmp_path / name / "args.json").write_text(json.dumps({"temperature": temperature}))
+    both = f"{tmp_path}/one/graded.jsonl,{tmp_path}/two/graded.jsonl"
+    assert "was drawn with --temperature 0.5" in refused(capfd, home, "reinforce", tmp_path / "out", data=both, **how)
+
+
+def test_a_discount_that_v_cannot_be_divided_by_is_refused(capfd):
+    with pytest.raises(SystemExit) as ended:
+        SCRIPTS["dvpo"].main(["--discount", "0"])
+    assert ended.value.code == 2 and "--discount 0.0: give a number from" in capfd.readouterr().err
+
+
+def test_a_trace_tells_no_tracker():
+    module = SCRIPTS["gvm"]
+    assert module.traced(module.Args(trace=True, report_to="wandb"), 1).report_to == ""

@@ -423,7 +423,7 @@ def test_the_system_message_of_x_takes_nothing_from_tau(tokenizers):
     )
 
 
-def test_shorten_cuts_the_last_message_only_if_it_is_too_long(tokenizers):
+def test_shorten_cuts_the_last_message_only_if_it_is_too_long():
     tok = toy.tokenizer()
     short, cut = user("how is the soup ?"), user("how is the")
     assert gvm.shorten(tok, short, 5) == short and gvm.shorten(tok, short, 3) == cut

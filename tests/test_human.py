@@ -52,7 +52,7 @@ def test_the_sheet_is_blind_and_inert(sheet, tmp_path):
     for i, item in enumerate(key["items"], 1):
         n = item["prompt"].split()[1]
         assert sorted([item["left"][0], item["right"][0]]) == ["a", "b"] and item[item["a"]] == f"a{n} & {EVIL}"
-        assert f"{item['left']}" in page.text and f'id="item{i}"' in text
+        assert item["left"] in page.text and f'id="item{i}"' in text
     sides = [item["a"] for item in key["items"]]
     assert 5 < sides.count("left") < 25 and len({item["prompt"] for item in key["items"]}) == 30
     assert [item["prompt"] for item in key["items"]] != sorted(item["prompt"] for item in key["items"])
@@ -104,3 +104,6 @@ def test_tally(sheet, tmp_path, capsys):
     stopped("no answers", write(tmp_path / "z.json", {"sheet": key["sheet"], "annotator": "z", "answers": {}}))
     stopped("same annotator", files[0], files[0])
     stopped("cannot be read", str(tmp_path / "none.json"))
+    stopped("no field answers", files[0], flags[2])
+    flags[2] = files[0]
+    stopped("no field items", files[1])

@@ -465,10 +465,8 @@ def test_two_ranks_do_what_one_does(home, tmp_path, monkeypatch, two_ranks, name
     script, settings = RANKS[name]
     gathers = script if script in (*ROLLOUT, "vcb", "dpo") else "dvpo"
     sampled = spy(monkeypatch, SCRIPTS[gathers], "gather_lists", lambda lists, *_: lists)
-    one, two = (
-        run(home, script, tmp_path / "out", **settings | {"zero_stage": 0, "micro_tokens": 2048}),
-        two_ranks / name,
-    )
+    one = run(home, script, tmp_path / "out", **settings | {"zero_stage": 0, "micro_tokens": 2048})
+    two = two_ranks / name
     same_metrics(metrics(one), metrics(two))
     assert distance(one, two) < 2e-5
     assert_trained(home, one)
@@ -767,11 +765,8 @@ def test_the_final_model_loads_with_stock_classes_and_computes_what_was_trained(
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    module, found, ids = (
-        SCRIPTS[script],
-        [],
-        torch.randint(5, len(WORDS), (3, 12), generator=torch.Generator().manual_seed(0)),
-    )
+    module, found = SCRIPTS[script], []
+    ids = torch.randint(5, len(WORDS), (3, 12), generator=torch.Generator().manual_seed(0))
     finish = module.Run.finish
 
     def finishing(self, *said, **summary):

@@ -1,4 +1,4 @@
-"""The LLM judge: reading verdicts, Bradley-Terry, and an endpoint that is slow, busy, broken and wrong."""
+"""The LLM judge: reading verdicts, the benchmarks, and an endpoint that is slow, busy, broken and wrong."""
 
 import http.server
 import json
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import judge, samples, winrate
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("LEAN_RLHF_DATA", ROOT.parent / "shared" / "data"))
+DATA = Path(os.environ.get("LEAN_RLHF_DATA", ROOT / "data"))
 KEY = "sk-not-to-be-seen"
 
 
@@ -169,6 +169,10 @@ def test_what_cannot_be_mended_stops_with_one_line(tmp_path, capsys, monkeypatch
         stopped(capsys, lambda: client(stub, tmp_path), "in use by another run")
     assert KEY not in (tmp_path / "cache.jsonl").read_text()
     stopped(capsys, lambda: judge.Client(judge.Endpoint(model="m")), "--base_url")
+    for url in ("x/v1", "ftp://x", "http://", "http://[x", "http://localhost:80a0/v1", "http://x:99999"):
+        stopped(
+            capsys, lambda url=url: judge.Client(judge.Endpoint(model="m", base_url=url)), "--base_url is no address"
+        )
     stopped(capsys, lambda: judge.Client(judge.Endpoint(model="m", base_url="http://x", request="[1]")), "--request")
 
 
@@ -282,7 +286,7 @@ def test_read_score(reply, found):
     ("reply", "found"),
     [("Rating: [[7]]", 7), ("[[2]] no: [[8.5]]", 8.5), ("[[10/10]]", 10), ("[[11]]", None), ("[[0]]", None),
      ("Rating: [5]", 5), ("**Rating**: 8/10.", 8), ("a rating: 1 to 10", None), ("Rating: 5, no: [[6]]", 6),
-     ("see [3]", None), ("[[n]]", None)],
+     ("see [3]", None), ("[[n]]", None), ("Rating: 8.", 8), ("Rating: 8.5 to 9", None), ("rating: 10-12", None)],
 )  # fmt: skip
 def test_read_rating(reply, found):
     assert judge.read_rating(reply) == found
@@ -320,34 +324,11 @@ def test_prompt_file(tmp_path, capsys):
     stopped(capsys, lambda: judge.template(str(tmp_path / "q.txt"), "", ("prompt",)), "does not exist")
     assert judge.template(str(tmp_path / "p.txt"), "", ("prompt",)) == "rate {prompt}"
     assert judge.template("", "default", ("prompt",)) == "default"
+    (tmp_path / "p.txt").write_text("évaluez {prompt}", encoding="latin-1")
+    stopped(capsys, lambda: judge.template(str(tmp_path / "p.txt"), "", ("prompt",)), "not UTF-8")
 
 
-# -------------------------------------------------------------------------------------------------------- Bradley-Terry
-
-
-def test_bradley_terry_recovers_planted_strengths():
-    planted = np.array([0.0, 0.8, -0.5, 1.7, 0.2])
-    p = 1 / (1 + np.exp(planted[None, :] - planted[:, None]))
-    games = np.random.default_rng(0).integers(50, 200, (5, 5))
-    games = games + games.T
-    np.fill_diagonal(games, 0)
-    assert np.allclose(judge.bradley_terry(games * p), planted, atol=1e-4)
-    wins = np.triu(np.random.default_rng(1).binomial(20 * games, p), 1)
-    wins = wins + np.tril((20 * games) - wins.T, -1)
-    found = judge.bradley_terry(wins)
-    assert np.allclose(found, planted, atol=0.1) and not np.allclose(found, planted, atol=1e-4)
-    # the maximum: no step in any direction raises the likelihood
-    likelihood = lambda s: -(wins * np.log1p(np.exp(s[None, :] - s[:, None]))).sum()
-    for i in range(1, 5):
-        for step in (1e-3, -1e-3):
-            assert likelihood(found + step * np.eye(5)[i]) < likelihood(found)
-
-
-def test_bradley_terry_of_two_is_the_log_odds():
-    assert judge.bradley_terry([[0, 3.5], [10.5, 0]])[1] == pytest.approx(np.log(3), abs=1e-4)
-    always = judge.bradley_terry([[0, 0], [8, 0]])[1]
-    assert np.isfinite(always) and always > 8
-    assert judge.bradley_terry(np.zeros((2, 2))).tolist() == [0, 0]
+# ----------------------------------------------------------------------------------------------------- the benchmarks
 
 
 def test_arena_points():
@@ -355,20 +336,6 @@ def test_arena_points():
     assert judge.arena_points("A>>B", "A>>B").tolist() == [3, 3]  # the first place strongly better
     assert judge.arena_points("A=B", "A>B").tolist() == [0.5, 1.5]
     assert judge.arena_points(None, "B>A").tolist() == [1, 0] and judge.arena_points(None, None).tolist() == [0, 0]
-    points = np.random.default_rng(0).integers(0, 4, (50, 3, 2)).astype(float)
-    total = points.sum(0)
-    assert np.allclose(judge.arena_rates(points), total[:, 0] / total.sum(1), atol=1e-5)
-    low, high = judge.arena_intervals(points)
-    assert (low < judge.arena_rates(points)).all() and (judge.arena_rates(points) < high).all()
-    share = points[:, 0, 0].sum() / points[:, 0].sum()
-    rng = np.random.default_rng(5)
-    drawn = [points[rng.integers(50, size=50), 0].sum(0) for _ in range(2000)]
-    brute = np.percentile([w / (w + l) for w, l in drawn], [2.5, 97.5])
-    assert share == pytest.approx(judge.arena_rates(points)[0], abs=1e-5)
-    assert np.allclose([low[0], high[0]], brute, atol=0.03)
-
-
-# ----------------------------------------------------------------------------------------------------- the benchmarks
 
 
 def write(path, rows):
@@ -415,7 +382,11 @@ def test_mt_bench(tmp_path, capsys):
     assert "6.20" in capsys.readouterr().out
     chat = [{"prompt": [{"role": "user", "content": "write a poem"}], "responses": [{"text": "x"}, {"text": "y"}]}]
     one = [{"id": 1, "turns": ["write a poem"]}]
-    assert judge.read_answers(write(tmp_path / "chat.jsonl", chat), one) == [["x"]]
+    again = {"prompt": "write a poem", "completion": "z"}  # of several answers to one prompt the first counts
+    assert judge.read_answers(write(tmp_path / "chat.jsonl", [*chat, again]), one) == [["x"]]
+    dialogue = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    ask = write(tmp_path / "dialogue.jsonl", [{"prompt": [*dialogue, {"role": "user", "content": "bye"}]}])
+    stopped(capsys, lambda: judge.read_questions(ask, 0), "row 1", "of the user only")
     rows = [{"question_id": q["question_id"], "choices": [{"turns": ["x", "y"]}]} for q in QUESTIONS[:2]]
     fastchat = write(tmp_path / "f.jsonl", rows)
     assert judge.read_answers(fastchat, judge.read_questions(questions, 2)) == [["x", "y"]] * 2
@@ -454,14 +425,19 @@ def test_arena(tmp_path, capsys):
                 won += 0.5 if gap == 0 else weight * (gap > 0)
                 lost += 0.5 if gap == 0 else weight * (gap < 0)
         result = found["models"][name]
-        assert result["win_rate"] == pytest.approx(won / (won + lost), abs=1e-5) and result["unread"] == 0
+        assert result["win_rate"] == pytest.approx(won / (won + lost)) and result["unread"] == 0
         assert result["ci95"][0] < result["win_rate"] < result["ci95"][1]
     assert "95 % interval" in capsys.readouterr().out
+    with Stub(lambda *_: "hm") as stub:
+        found = judge.main(["arena", "--questions", questions, "--answers", files[1], "--baseline", files[0],
+                            "--base_url", stub.url, "--model", "j", "--cache", str(tmp_path / "c.jsonl")])  # fmt: skip
+    (result,) = found["models"].values()
+    assert result["win_rate"] is result["ci95"] is None and result["unread"] == 24
 
 
 def test_a_position_bias_cancels(tmp_path):
     """In a third of the pairs the judge takes the first response whatever it says. Both orders, averaged, are fair to
-    both sides: swapping a and b mirrors the result. One order alone is not."""
+    both sides: swapping a and b mirrors the result."""
     rng = np.random.default_rng(0)
     worth = rng.permutation(200).reshape(100, 2)
     write(tmp_path / "a.jsonl", [{"prompt": f"q{i}", "completion": f"<{a}>"} for i, (a, _) in enumerate(worth)])
@@ -484,8 +460,6 @@ def test_a_position_bias_cancels(tmp_path):
     assert other["groups"]["all"]["win_rate"]["mean"] == pytest.approx(1 - rate)
     assert one["agree"] == pytest.approx(1 - biased.mean())
     assert one["first_place"] == pytest.approx(np.where(biased, 1, 0.5).mean())
-    alone = (biased | better).mean()
-    assert alone > rate
 
 
 # ------------------------------------------------------------------------------------------------------- the real files

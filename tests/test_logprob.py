@@ -32,7 +32,7 @@ def backend(request, monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED or triton is None, reason="starts the child process; needs triton")
 def test_interpreter():
-    """Every test above that takes `backend`, with Triton interpreted, in a process of its own."""
+    """Every test of this file that takes `backend`, with Triton interpreted, in a process of its own."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "triton and not without", __file__]
     run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
@@ -435,11 +435,11 @@ def test_one_chunk_where_it_costs_no_memory():
         peak, several = 2 * n * v + 2 * v * d, max(2**29 + 4 * v * d, 6 * v * d)
         assert (peak <= several) == one
         hidden, weight = (torch.empty(x, d, dtype=torch.bfloat16, device="meta") for x in (n, v))
-        chunks = logprob.token_chunks(hidden, weight, torch.bfloat16, 2 * v * d)
+        chunks = logprob.token_chunks(hidden, weight, 2 * v * d)
         assert (len(chunks) == 1) == one and chunks[0][0] == 0 and chunks[-1][1] == n
         assert one or all(2 * (b - a) * v <= 2**29 for a, b in chunks)
         # Nothing is spared in fp32, or where the weight is frozen.
-        chunks = logprob.token_chunks(hidden, weight, torch.bfloat16, 0)
+        chunks = logprob.token_chunks(hidden, weight, 0)
         assert (len(chunks) == 1) == (2 * n * v <= 2**29)
 
 

@@ -73,11 +73,8 @@ def test_a_reward_models_look_equals_its_pairs_in_float64(home, tmp_path):
         _, sequences, scores = questions[0] if questions else ("", [], [])
         found = [float(model(torch.tensor([ids])).logits) for ids in sequences]
         for i, j in rm.ordered_pairs(scores):
-            pairs, right, loss = (
-                pairs + 1,
-                right + (found[i] > found[j]),
-                loss + math.log1p(math.exp(found[j] - found[i])),
-            )
+            pairs, right = pairs + 1, right + (found[i] > found[j])
+            loss += math.log1p(math.exp(found[j] - found[i]))
     last = tiny.metrics(folder)[-1]
     assert (last["eval_pairs"], last["eval_accuracy"]) == (pairs, pytest.approx(right / pairs))
     assert last["eval_loss"] == pytest.approx(loss / pairs, rel=1e-4)
@@ -112,10 +109,8 @@ def test_a_look_at_a_policy_says_what_stock_models_say_of_its_responses(home, tm
     how = held(home, script) | {"eos_penalty": 0.5, "max_response_tokens": 2, "steps": 4, "policy": "brief"}
     folder = tiny.run(home, script, tmp_path / "o", **how | ({"tau_pairs": 0} if script == "dvpo" else {}))
     assert len(drawn) == 4 + 2  # rollouts and looks: the last step's is the closing one
-    tokenizer, args = (
-        toy.tokenizer(),
-        module.Args(max_response_tokens=64),
-    )  # room for the end token, as a reward model has it
+    tokenizer = toy.tokenizer()
+    args = module.Args(max_response_tokens=64)  # room for the end token, as a reward model has it
     policy, reference = (tiny.stock("CausalLM", x).double() for x in (folder / "final", home / "brief"))
     ends = set(reference.generation_config.eos_token_id)
     kind, judge = ("TokenClassification", "gvm") if script == "dvpo" else ("SequenceClassification", "rm")

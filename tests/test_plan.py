@@ -20,6 +20,7 @@ import transformers
 
 import dvpo
 import gvm
+import sample
 import sft
 import toy
 from kernels import linear_logprob, linear_nll, model_class
@@ -266,6 +267,10 @@ def test_terms_of_a_plan_by_hand():
     assert parts["rollout"]["gathered"] == 2 * n
 
 
+def test_all_responses_to_a_prompt_are_drawn_at_once():
+    assert [job(sample, batch_size=4, n=2, best_of=k).drawn for k in (1, 16)] == [4, 32]
+
+
 def test_decoding_is_bound_by_bandwidth_where_kernels_are_captured():
     given = plan.parsed("sample", "llama3.2-3b", [])
     captured, launched = (plan.plan(*given, 1, "a100", us)["seconds"]["rollout"] for us in (0, 13))
@@ -311,6 +316,7 @@ def test_a_plan_on_the_screen(tmp_path, capsys):
         ("ppo llama3-8b --lora 3", "ppo.py has no flag --lora"), ("ppo llama3-8b --lora_r x", "does not understand --lora_r x"),
         ("ppo llama3-8b --gpus 5", "must be a multiple of --gpus 5"), ("ppo llama3-8b --gpus x", "--gpus"),
         ("sft --model no/such", "no/such is neither a folder"), ("sample llama3-8b --rollout vllm", "--rollout vllm"),
+        ("dvpo llama3.2-3b --batch_size 0", "--batch_size 0: give 1 or more"), ("sft llama3.2-3b --model toy", "is of the toy world"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(line, told, capsys):

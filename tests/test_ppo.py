@@ -11,19 +11,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from test_dvpo import ragged
+
 import dvpo
 import ppo
 import reinforce
 import toy
 from kernels import normalize_values
-
-
-def ragged(seed, rows=6, width=8):
-    """Lengths 1 and `width` among others, mask (B, T), a source of noise that does not stop where a row does."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    lengths = [1, width] + [rng.randint(1, width) for _ in range(rows - 2)]
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    return lengths, mask, lambda columns=width: torch.randn(rows, columns, generator=generator, dtype=torch.float64)
 
 
 def close(found, expected, **tolerance):
@@ -234,16 +228,16 @@ def optimum(beta):
     return (REFERENCE + REWARDS / beta).softmax(0)
 
 
-def solve(update, beta, steps=300, prompts=256, rate=0.05):
-    """Responses of one token; `update(token, old, ref, logp)` is the loss of (B, 1) tensors. The mean policy of the last
-    third, since the samples' noise stays."""
+def solve(update, steps=300, rate=0.05):
+    """Responses of one token; `update(token, old, ref, logp, logits)` is the loss: (256,) tokens, their (256, 1) log-probs, the
+    policy's (5,) logits. The mean policy of the last third, since the samples' noise stays."""
     torch.manual_seed(0)
     logits = REFERENCE.clone().requires_grad_()
     optimizer, kept = torch.optim.Adam([logits], lr=rate), []
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         with torch.no_grad():
-            token = logits.softmax(0).multinomial(prompts, replacement=True)
+            token = logits.softmax(0).multinomial(len(MASK), replacement=True)
             old = logits.log_softmax(0)[token][:, None]
         for _ in range(2):
             optimizer.zero_grad()
@@ -308,14 +302,14 @@ def test_a_bandit_is_solved_up_to_its_known_optimum(method):
         update, value = ppo_update(beta)
     else:
         update = dvpo_update(beta) if method == "dvpo" else reinforce_update(method, beta)
-    found, best = solve(update, beta), optimum(beta)
+    found, best = solve(update), optimum(beta)
     assert (REFERENCE.exp() - best).abs().max() > 0.2 > 0.03 > (found - best).abs().max(), (found, best)
     if value is not None:  # at the optimum every token returns beta log Z
         assert value.item() == pytest.approx(float(beta * (REFERENCE + REWARDS / beta).logsumexp(0)), abs=0.05)
 
 
 def test_grpo_solves_the_bandit_without_kl_and_its_kl_keeps_it_near_the_reference():
-    best = solve(reinforce_update("grpo", 0.0), 0.0)
-    held = solve(reinforce_update("grpo", 1.0), 1.0)
+    best = solve(reinforce_update("grpo", 0.0))
+    held = solve(reinforce_update("grpo", 1.0))
     assert best[1] + best[4] > 0.9 and best[1] > 0.6  # the difference 0.1 of two good tokens is told too
     assert (held[1] + held[4]) < 0.9 and ((held - REFERENCE.exp()).abs().sum() < (best - REFERENCE.exp()).abs().sum())

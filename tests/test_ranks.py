@@ -375,10 +375,6 @@ def test_the_first_update_in_bf16_on_two_ranks_has_full_size(home, core, tmp_pat
     assert size(two) / size(one) == pytest.approx(1, abs=0.05)
 
 
-if __name__ == "__main__":
-    ranks_main(Path(sys.argv[2]), sys.argv[1])
-
-
 # -------------------------------------------------------------------------------------------------------- signals, launcher
 def two_ranks_under_way(folder, *argv):
     """A torchrun of two ranks that has taken some steps of sft.py, and the ranks' process ids."""
@@ -432,3 +428,7 @@ def test_when_the_launcher_is_killed_its_ranks_end(tmp_path):
     agent.kill()
     agent.wait(10)
     assert len(ranks) == 2 and ended(ranks, 30)
+
+
+if __name__ == "__main__":
+    ranks_main(Path(sys.argv[2]), sys.argv[1])

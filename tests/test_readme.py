@@ -114,8 +114,12 @@ def test_the_diff_from_ppo_to_dvpo_is_the_real_one():
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_what_it_names_exists(path):
     text = BOOK[path.name]
-    for name in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
-        assert (path.parent / name).is_file(), name
+    for name, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        file = path.parent / name if name else path
+        assert file.is_file(), name
+        heads = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M) if anchor else []
+        slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+        assert not anchor or anchor in slugs, anchor
     for name in re.findall(r"(?<![\w/.-])(?:eval/|bench/|experiments/|tests/|kernels/)?\w+\.py\b", text):
         assert (ROOT / name).is_file() or name in THEIRS, name
     for target in re.findall(r"`?make ([\w-]+)`", text):

@@ -20,6 +20,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from test_dvpo import ragged
+
 import reinforce
 import toy
 
@@ -34,14 +36,7 @@ VARIANTS = {  # what differs from PPO
     "cispo": {"objective": "cispo"},
     "cispo_one_sided": {"objective": "cispo", "clip": 1.0, "clip_high": 0.5},
 }
-
-
-def ragged(seed, rows=8, width=7):
-    """Lengths 1 and `width` among others, mask (B, T), a source of noise that does not stop where a row does."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    lengths = [1, width] + [rng.randint(1, width) for _ in range(rows - 2)]
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    return lengths, mask, lambda columns=width: torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+ragged = functools.partial(ragged, rows=8, width=7)
 
 
 def naive(reward, kl, lengths, baseline, n, greedy, beta):
@@ -104,12 +99,11 @@ def test_advantages_by_hand(baseline, expected):
 
 @pytest.mark.parametrize("baseline", ["rloo", "grpo"])
 def test_responses_of_equal_reward_teach_nothing_and_a_constant_reward_changes_nothing(baseline):
-    lengths, mask, noise = ragged(1)
+    _, mask, noise = ragged(1)
     reward, kl = noise(1)[:, 0], torch.zeros(8, 7, dtype=torch.float64)
     advantage = lambda r: reinforce.reward_advantages(r, kl, mask, baseline=baseline, n=4)
     assert torch.allclose(advantage(reward), advantage(reward + 100), atol=1e-9)
     assert not advantage(torch.full_like(reward, 0.7)).abs().gt(1e-12).any()
-    assert lengths[0] == 1
 
 
 def test_leave_one_out_is_the_reward_minus_the_mean_of_the_group_but_for_a_factor():
@@ -181,16 +175,16 @@ def weighted(mask, loss_mean, longest):
 )
 def test_losses_and_gradients_equal_loops(name, loss_mean):
     settings = PPO | VARIANTS[name]
-    one = settings["ratio"] != "token"  # term of a response
+    whole = settings["ratio"] != "token"  # a response is one term
     lengths, mask, noise = ragged(2)
     logp, old, advantage = noise() - 2, noise() * 0.5 - 2, noise()
-    if one:
+    if whole:
         logp, advantage = old + 0.3 * noise(), advantage[:, :1].expand(8, 7)
     logp, weight_of = logp.requires_grad_(), weighted(mask, loss_mean, 20)
     loss, clipped = reinforce.policy_loss(logp, old, advantage * weight_of[0], mask, weight_of[1], **settings)
     loss.backward()
     responses = [
-        (logp[i, :T].tolist(), old[i, :T].tolist(), float(advantage[i, 0]) if one else advantage[i, :T].tolist())
+        (logp[i, :T].tolist(), old[i, :T].tolist(), float(advantage[i, 0]) if whole else advantage[i, :T].tolist())
         for i, T in enumerate(lengths)
     ]
     expected, slopes, off = naive_loss(responses, **settings, loss_mean=loss_mean, longest=20)

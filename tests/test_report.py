@@ -15,7 +15,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy
-from eval import report
+from eval import demo, report
 
 EVIL = "<script>alert(1)</script>"
 SECTIONS = ("curves", "methods", "gvm", "tokens", "samples", "config")
@@ -58,10 +58,12 @@ def folder(tmp_path):
         (tmp_path / name / "args.json").write_text(json.dumps({"data": EVIL, "learning_rate": 0.000123}))
         (tmp_path / name / "summary.json").write_text(json.dumps({"seconds": 46.5, "peak_memory_mb": 701}))
     steps = [{"step": t + 1, "gold": 0.1 * t, "kl": 0.2 * t} for t in range(12)]
-    (tmp_path / "dvpo_<b>" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    (tmp_path / "dvpo_<b>" / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in steps) + '{"step": 13, "go'
+    )
     (tmp_path / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     methods = {"sft": method(-0.234), "dvpo_<b>": method(0.34, 0.012), f"ppo{EVIL}": method(0.456)}
-    methods["dvpo.1"] = method(0.777)
+    methods[f"ppo{EVIL}"]["peak_memory_mb"] = None  # a run that was killed before it wrote its summary
     results = {"methods": methods, "seconds": {"sft": 46.5, "gvm": 117.3}, "gvm": yardstick_results()}
     (tmp_path / "results.json").write_text(json.dumps(results))
     return tmp_path
@@ -91,6 +93,11 @@ class Tags(html.parser.HTMLParser):
 def test_page(folder, monkeypatch):
     real = report.samples
     monkeypatch.setattr(report, "samples", lambda *inputs: [*real(*inputs), ("how ?", EVIL, -1.5)])
+    aside, dotted = folder / "dvpo_<b>.1", folder / "dvpo_kl0.1"  # an earlier run; a name in its own right
+    for run, place in ((aside, "dvpo_<b>"), (dotted, "dvpo_kl0.1")):
+        run.mkdir()
+        (run / "args.json").write_text(json.dumps({"output_dir": f"runs/demo/{place}"}))
+        (run / "metrics.jsonl").write_text('{"step": 1, "gold": 0.5, "kl": 0.5}\n')
     assert report.main([str(folder)]) is None
     page = (folder / "report.html").read_text()
     tags = Tags(page).seen
@@ -111,9 +118,25 @@ def test_page(folder, monkeypatch):
     for text in ("0.61", "−0.21", "0.51", "0.11", "0.81", "0.91", "0.41", "0.195", "62\N{NO-BREAK SPACE}% of the way"):
         assert text in page, text
     assert "117 s" in page and "p4" in page and "trained without τ" not in page
-    assert "dvpo.1" not in page  # a run that was repeated leaves its older self under this name
+    assert "&lt;b&gt;.1" not in page and "<summary>dvpo_kl0.1</summary>" in page
     for name in ("learning_curve.png", "token_values.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_demo_leaves_out_earlier_runs_and_no_others(folder, capsys, monkeypatch):
+    """sft.1 is one; dvpo_kl0.1 is a name in its own right."""
+    few = demo.calibration.load_prompts
+    monkeypatch.setattr(demo.calibration, "load_prompts", lambda *inputs: [column[:2] for column in few(*inputs)])
+    monkeypatch.setattr(demo, "TEXTS", 2)
+    for name in ("sft.1", "dvpo_kl0.1"):
+        shutil.copytree(folder / "sft", folder / name)
+    for run in folder.glob("*/args.json"):
+        place = "sft" if run.parent.name == "sft.1" else run.parent.name
+        run.write_text(json.dumps({"output_dir": f"runs/demo/{place}", "seed": 0}))
+    demo.main([str(folder)])
+    results = json.loads((folder / "results.json").read_text())
+    assert results["methods"].keys() == {"sft", "dvpo_<b>", "dvpo_kl0.1"}
+    assert f"gvm goes {demo.share_of_way(results['gvm']):.0%} of the way" in capsys.readouterr().out
 
 
 def test_missing_parts(folder):
@@ -140,7 +163,7 @@ def test_no_results(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_any_run(tmp_path, capsys):
+def test_any_run(tmp_path):
     run = tmp_path / "mine"
     run.mkdir()
     rows = [
@@ -159,7 +182,11 @@ def test_any_run(tmp_path, capsys):
     seen = Tags(page).seen
     assert [attrs["id"] for tag, attrs in seen if tag == "section"] == ["curves", "numbers", "samples", "flags"]
     assert "script" not in {tag for tag, _ in seen} and EVIL not in page and "learning_rate = 0.000123" in page
-    assert "not come to its end" in page and "at step 40" in page and "of 40 steps so many have a number: kl 36" in page
+    assert (
+        "not come to its end" in page
+        and "at step 40" in page
+        and "only some of the 40 steps have a number: kl 36" in page
+    )
     cells = re.findall("<td>(.*?)</td>", page)
     at = cells.index("loss")  # first tenth: steps 1 to 4; last: 37 to 40
     assert cells[at + 1 : at + 5] == ["3.88", "2.08", "2.00", "3.95"] and "seconds" not in cells
@@ -227,7 +254,7 @@ def test_builders():
 
 def test_smooth():
     assert np.allclose(report.smooth([1.0] * 30), 1) and len(report.smooth([5])) == 1
-    assert np.allclose(report.smooth([0, 3, 0, 3], 3), [0, 1, 2, 3])
+    assert np.allclose(report.smooth([0, 3, 0, 3]), [0, 1, 2, 3])
     assert np.allclose(
         report.smooth(np.arange(40)), np.arange(40)
     )  # a straight line stays where it is, at its ends too

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import random
 import sys
-import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,7 +127,7 @@ class LLM:
 @pytest.fixture
 def vllm(monkeypatch):
     MADE.clear()
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
     return LLM
 
 

@@ -169,15 +169,14 @@ def test_best_of(home, tmp_path):
         assert [r["score"] for r in two["responses"]] == [max(scores[:3]), max(scores[3:])]
 
 
-def test_gold(tmp_path, home):
-    found = rows(
-        run(home, tmp_path / "a", data="toy", split="heldout[:5]", reward_model="gold", max_response_tokens=40)
-    )
-    assert [row["prompt"] for row in found] == toy.prompts("heldout")[:5]
-    for row in found:
-        for r in row["responses"]:
-            cut = r["score"] == toy.MALFORMED  # a response without EOS is malformed whatever its text
-            assert cut or r["score"] == pytest.approx(toy.gold(row["prompt"], r["text"]), abs=1e-5)
+def test_gold(home, tmp_path):
+    found = rows(run(home, tmp_path / "a", data="toy", split="heldout[:2]", reward_model="gold"))
+    assert [row["prompt"] for row in found] == toy.prompts("heldout")[:2]
+    rewards = sample.TextReward("gold", settings(home, tmp_path), torch.device("cpu"))
+    prompt, good = toy.prompts("heldout")[0], "it is very great and it is good and it is great ."
+    chat = [{"role": "user", "content": prompt}]
+    found = rewards([prompt, chat, prompt, prompt], [good, good, "it good", good], [True, True, True, False])
+    assert found == [toy.gold(prompt, good)] * 2 + [toy.MALFORMED] * 2 and found[0] > 0  # a cut response is malformed
 
 
 # ---------------------------------------------------------------------------------------------------------------- resume
@@ -193,7 +192,7 @@ def test_resume_after_a_cut_file_is_the_same_file(home, tmp_path):
         assert run(home, folder, resume=True).read_bytes() == whole.read_bytes()
 
 
-def test_any_character_survives_a_resume(home, tmp_path):
+def test_any_character_survives_a_resume(tmp_path):
     """Unicode's own ends of line inside a text, and a line cut within a character."""
     rows = [{"index": i, "prompt": f"a\u2028b\u0085 {i} é", "responses": []} for i in range(3)]
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]

@@ -29,7 +29,8 @@ import toy
 import vcb
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo, "ppo": ppo, "reinforce": reinforce}  # toy's own data
+# FIRST train on the toy world's data, the others on sample.py's
+FIRST = {"sft": sft, "rm": rm, "gvm": gvm, "dvpo": dvpo, "ppo": ppo, "reinforce": reinforce}
 TRAINERS = FIRST | {"vcb": vcb, "dpo": dpo, "rest": rest}
 SCRIPTS = TRAINERS | {"sample": sample}
 KIND = {"rm": "SequenceClassification", "gvm": "TokenClassification"}

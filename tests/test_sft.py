@@ -133,7 +133,7 @@ def model():
     return model
 
 
-def test_policy_log_probs_equal_a_loop_over_single_sequences_and_the_stock_loss(model):
+def test_policy_log_probs_equal_a_loop_over_single_sequences(model):
     from copy import deepcopy
 
     rng = random.Random(4)
@@ -193,10 +193,7 @@ def test_plain_rows_keep_their_fields():
     ):
         before = json.dumps(row)
         found = sft.canonical(row)
-        of = next(
-            (answer for answer in ("chosen", "best") if {"chosen": "chosen", "best": "responses"}[answer] in row),
-            "completion",
-        )
+        of = "chosen" if "chosen" in row else "best" if "responses" in row else "completion"
         answer = {"completion": "it is good ."} if len(row) > 1 else {}  # SFT imitates the chosen, or the best
         assert found == row | answer | {"answer": of} and json.dumps(row) == before
 
@@ -258,9 +255,8 @@ def test_sft_on_graded_rows_takes_the_best_and_nulls_are_no_fields():
 def test_hh_transcripts_are_split_before_the_last_answer():
     head = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how is the soup?\n\nAssistant:"
     row = sft.canonical({"chosen": head + " It is good.\n\nReally.", "rejected": head + " No."})
-    assert (row["chosen"].strip(), row["rejected"].strip()) == ("It is good.\n\nReally.", "No.")
-    text = row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])
-    assert "how is the soup?" in text and "hello" in text and "good" not in text and "No." not in text
+    turns = [message("user", "hi"), message("assistant", "hello"), message("user", "how is the soup?")]
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (turns, "It is good.\n\nReally.", "No.")
 
 
 @pytest.fixture
@@ -342,7 +338,7 @@ def test_a_split_field_chooses_rows_and_names_are_joined_by_commas(tmp_path):
     assert [row["prompt"] for row, _ in load_rows(f"{a},{b}", "test[:1]", "prompts")] == ["2", "3"]
     order = sft.shuffled(len(toy.rows("prompts")), 0, "split")
     half = [toy.rows("prompts")[i] for i in order[: len(order) // 2]]
-    found = load_rows(f"{b},toy", "train[:50%]", "prompts", seed=0)  # that part of each
+    found = load_rows(f"{b},toy", "train[:50%]", "prompts")  # that part of each
     assert [row["prompt"] for row, _ in found] == [found[0][0]["prompt"]] + [row["prompt"] for row in half]
     assert found[0][0]["prompt"] in "34"
 
@@ -455,5 +451,3 @@ def test_the_best_look_is_kept(tmp_path):
     )
     found = json.loads((sft.train(again).parent / "summary.json").read_text())["eval_loss"]
     assert found == pytest.approx(looks[best], abs=1e-4)
-    with pytest.raises(SystemExit):
-        sft.train(sft.Args(output_dir=str(tmp_path / "no"), keep_best=True))

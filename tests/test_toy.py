@@ -268,7 +268,6 @@ def test_names_are_not_in_the_language():
 
 # ---------------------------------------------------------------- a model's side of it
 def test_tokenizer(tmp_path):
-    pytest.importorskip("transformers")
     from transformers import AutoTokenizer
 
     tokenizer = toy.tokenizer()
@@ -286,7 +285,6 @@ def test_tokenizer(tmp_path):
 
 
 def test_chat_template():
-    pytest.importorskip("transformers")
     tok = toy.tokenizer()
     ask, answer = {"role": "user", "content": SOUP}, {"role": "assistant", "content": "it is good ."}
     whole = tok.apply_chat_template([ask, answer], tokenize=False)
@@ -303,8 +301,6 @@ def test_chat_template():
 
 
 def test_config():
-    pytest.importorskip("transformers")
-    pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
     config, tok = toy.config(), toy.tokenizer()

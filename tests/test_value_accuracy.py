@@ -20,7 +20,7 @@ import toy
 from eval import demo, token_values, value_accuracy, winrate
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("LEAN_RLHF_DATA", ROOT.parent / "shared" / "data")) / "alpaca_eval_multi_policy.jsonl.gz"
+DATA = Path(os.environ.get("LEAN_RLHF_DATA", ROOT / "data")) / "alpaca_eval_multi_policy.jsonl.gz"
 EVIL = "<script>alert(1)</script>"
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 
@@ -143,9 +143,31 @@ def test_the_toy_world(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     for word in ("GVM, P99", "reward model", "implicit reward", "length of the response", "mean exact"):
         assert word in said
+    found = value_accuracy.main(["--gvm", folder, "--max_response_tokens", "6"])  # which cuts most texts
+    assert len(found["calibration"]) == 6 and found["fit"]["all"]["mse"] > 0
     stopped(capsys, lambda: value_accuracy.main(["--gvm", reward]), "no global value model")
     stopped(capsys, lambda: value_accuracy.main(["--gvm", folder, "--policy", policy]), "--reference")
     stopped(capsys, lambda: value_accuracy.main(["--gvm", str(tmp_path / "none")]), "python gvm.py")
+
+
+def test_the_reward_model_is_measured_on_the_pairs_of_the_value_model(tmp_path, capsys):
+    """Rows that are left out are left out for both, and a question is one prompt, as text and as a message."""
+    one, two, three, four = toy.prompts("heldout")[:4]
+    pair = {"chosen": "it is great .", "rejected": "it is bad ."}
+    rows = [
+        {"prompt": one, "responses": [{"text": "it is good .", "score": 1.0}]},
+        {"prompt": [{"role": "user", "content": one}], "responses": [{"text": "it is bad .", "score": -1.0}]},
+        {"prompt": two, **pair},
+        {"prompt": three, "completion": "it is good ."},  # no pair
+        {"prompt": f"{four} " * 20, **pair},  # too long
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = value_accuracy.main([
+        "--gvm", value_model(tmp_path / "gvm"), "--data", str(tmp_path / "d.jsonl"), "--skip_bad_rows",
+        "--max_prompt_tokens", "40", "--reward_model", "gold",
+    ])  # fmt: skip
+    line = next(line for line in capsys.readouterr().out.split("\n") if line.startswith("reward model"))
+    assert found["pairs"] == 2 and line.split()[-1] == "2"
 
 
 def byte_tokenizer():
@@ -196,9 +218,8 @@ def test_the_24_policies(tmp_path, monkeypatch):
     triples = [(row["id"], r["score"], {"length": len(r["text"])}) for row in rows for r in row["responses"]]
     share, pairs = 0.0, 0
     for row in rows:
-        score, length = (
-            np.array([x[k] if k == "score" else len(x["text"]) for x in row["responses"]]) for k in ("score", "text")
-        )
+        score = np.array([x["score"] for x in row["responses"]])
+        length = np.array([len(x["text"]) for x in row["responses"]])
         order = np.sign(score[:, None] - score[None, :])
         agree = order * np.sign(length[:, None] - length[None, :])
         pairs += (order > 0).sum()
@@ -249,7 +270,6 @@ def test_token_values(tmp_path, capsys):
     tokenizer = byte_tokenizer()
     value = gvm.ValueModel(transformers.AutoModelForTokenClassification.from_pretrained(folder))
     line = shown[0]["lines"][1]  # of "good", which has answered another prompt: with tau
-    tau = shown[1]["lines"]
     found = []
     for i in (1, 2):
         for t in ("yes é 日", "perhaps"):
@@ -257,7 +277,7 @@ def test_token_values(tmp_path, capsys):
             group = [gvm.Answer([{"role": "user", "content": f"question {i} {EVIL}"}], ids(t)),
                      gvm.Answer([{"role": "user", "content": rows[0]["prompt"]}], ids("perhaps"))]  # fmt: skip
             found += gvm.predict(value, tokenizer, [group], gvm.Args(tau_tokens=96), torch.device("cpu"))
-    assert len(line["q"]) == len("perhaps") + 2 == len(line["words"]) and tau
+    assert len(line["q"]) == len("perhaps") + 2 == len(line["words"])
     assert any(np.allclose(line["q"], q, atol=1e-5) for q in found)
 
     token_values.main([*flags[:2], "--prompt", "p", "--response", "a b", "c", "--output_dir", str(tmp_path / "two")])

@@ -1,4 +1,5 @@
-"""vcb.py and rest.py: what they log against loops, the reference's cache, rows of every kind, and clear errors."""
+"""vcb.py, dpo.py and rest.py as runs: what they log against loops, the reference's cache, rows of every kind, and clear
+errors."""
 
 import itertools
 import json
@@ -109,18 +110,6 @@ def test_reference_logps_are_those_of_the_policy_before_the_first_step(home, tmp
     assert cached == pytest.approx(alone, abs=1e-4)
 
 
-def test_first_step_is_at_the_reference(home, tmp_path):
-    """Before any update: no KL, every pair misaligned, and the loss is that of equal log-ratios."""
-    first = metrics(run(vcb, home, tmp_path / "vcb", steps=1, batch_size=10, gamma=0.5))[0]
-    assert first["reweighted_kl"] == pytest.approx(0, abs=1e-5) and first["forward_kl"] == pytest.approx(0, abs=1e-5)
-    assert first["loss"] > 0 and first["pair_gap"] > 0
-    assert metrics(run(dpo, home, tmp_path / "dpo", steps=1, batch_size=10))[0]["loss"] == pytest.approx(
-        math.log(2), abs=1e-5
-    )
-    ipo = metrics(run(dpo, home, tmp_path / "ipo", steps=1, batch_size=10, loss="ipo", gamma=0.25))[0]
-    assert ipo["loss"] == pytest.approx(4, abs=1e-4)
-
-
 @pytest.mark.parametrize("options", [{}, {"pairs": "full"}, {"pairs": "mean"}, {"n": 2}])
 def test_vcb_learns(home, tmp_path, options):
     rows = metrics(run(vcb, home, tmp_path / "out", epochs=25, batch_size=10, learning_rate=3e-3, **options))
@@ -143,19 +132,6 @@ def test_rest_keeps_better_and_better(home, tmp_path):
     assert min(scores[2]) > min(scores[1]) and [r["improve_step"] for r in rows] == sorted(
         r["improve_step"] for r in rows
     )
-
-
-@pytest.mark.parametrize("script", [vcb, dpo, rest])
-def test_micro_batches_do_not_matter(home, tmp_path, script):
-    """One micro-batch, or several with rows that only fill up: the same losses and the same policy."""
-    found = []
-    for k, micro in enumerate((100000, 150)):
-        folder = run(script, home, tmp_path / str(k), steps=3, batch_size=10, micro_tokens=micro, learning_rate=1e-3)
-        found.append([{x: row[x] for x in row if x not in ("seconds", "useful_tokens")} for row in metrics(folder)])
-    for a, b in zip(*found, strict=True):
-        if a["step"] == 1:  # at the reference itself orders of log-ratios are the signs of rounding errors
-            a, b = ({k: v for k, v in x.items() if k not in ("misaligned", "accuracy")} for x in (a, b))
-        assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
 
 
 def test_snapshots(home, tmp_path):
@@ -183,7 +159,7 @@ def test_reference_other_than_the_policy(home, tmp_path):
 
 
 def test_held_out_accuracy_of_the_implicit_reward(home, tmp_path):
-    """A policy that has learned the pairs by heart orders them; an untrained one does not. Looks change no step."""
+    """A policy that has learned the pairs by heart orders them; an untrained one does not."""
     found, held = [], {"eval_data": str(home / "graded.jsonl"), "eval_split": "train", "eval_every": 4}
     for k, rate in enumerate((3e-3, 1e-12)):
         folder = run(dpo, home, tmp_path / str(k), epochs=40, batch_size=10, learning_rate=rate, **held)
@@ -193,9 +169,6 @@ def test_held_out_accuracy_of_the_implicit_reward(home, tmp_path):
             looks[-1] == found[k]["eval_accuracy"] or found[k]["steps"] % 4
         )
     assert found[0]["eval_accuracy"] > 0.9 > found[1]["eval_accuracy"] and found[0]["eval_pairs"] > 30
-    plain = run(dpo, home, tmp_path / "plain", epochs=40, batch_size=10, learning_rate=3e-3)
-    losses = [[row["loss"] for row in metrics(x)] for x in (tmp_path / "0", plain)]
-    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("script", [vcb, dpo])
@@ -214,7 +187,7 @@ def test_resume_with_other_data_is_refused(home, tmp_path, capsys, script):
     assert "data or reference are not those" in capsys.readouterr().err
 
 
-def test_calibration_is_0_at_the_optimum_of_each_form(home):
+def test_calibration_is_0_at_the_optimum_of_each_form():
     """Log-ratios r / (gamma sigma), with the form's own standard deviation."""
     reward, mask = torch.tensor([[0.3, 1.0, -0.5, 0.2]], dtype=torch.float64), torch.ones(1, 4, dtype=torch.bool)
     for pairs, ddof in (("upper", 0), ("full", 1), ("mean", 0)):

@@ -19,7 +19,7 @@ import toy
 from eval import samples, winrate
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("LEAN_RLHF_DATA", ROOT.parent / "shared" / "data")) / "alpaca_eval_multi_policy.jsonl.gz"
+DATA = Path(os.environ.get("LEAN_RLHF_DATA", ROOT / "data")) / "alpaca_eval_multi_policy.jsonl.gz"
 
 
 def write(path, rows):
@@ -71,6 +71,8 @@ def test_read(tmp_path, capsys):
     stopped(capsys, lambda: samples.read(str(tmp_path / "s.jsonl"), "z"), "policy z", "x, y")
     stopped(capsys, lambda: samples.read(write(tmp_path / "t.jsonl", [{"prompt": "p"}])), "row 1", "responses")
     stopped(capsys, lambda: samples.read(write(tmp_path / "u.jsonl", [{"completion": "p"}])), "row 1", "prompt")
+    bare = [{"prompt": [{"content": "hi"}, {"content": "yo"}], "completion": "p"}]  # who speaks is not said
+    stopped(capsys, lambda: samples.read(write(tmp_path / "w.jsonl", bare)), "row 1", "{role, content}")
     stopped(capsys, lambda: samples.read(str(tmp_path / "v.jsonl")), "cannot be read")
     with pytest.raises(SystemExit) as error:
         winrate.main(["--a", "x", "--b", "y", "--nonsense", "1"])
@@ -180,7 +182,7 @@ def test_by_a_reward_model(tmp_path):
 
 
 @pytest.mark.skipif(not DATA.is_file(), reason="no real data here")
-def test_real_scores_against_a_direct_count(capsys):
+def test_real_scores_against_a_direct_count():
     with gzip.open(DATA, "rt") as file:
         rows = [json.loads(line) for line in file]
     for one, other in (("claude-2", "vicuna-7b-v1.5"), ("alpaca-7b", "falcon-7b-instruct")):
@@ -194,9 +196,11 @@ def test_real_scores_against_a_direct_count(capsys):
         assert np.allclose([group[x]["mean"] for x in ("win", "tie", "loss")], count / 805)
 
 
-@pytest.mark.parametrize("name", ["alpaca", "diversity", "human", "judge", "token_values", "value_accuracy", "winrate"])
+@pytest.mark.parametrize(
+    "name", ["alpaca", "calibration", "diversity", "human", "judge", "token_values", "value_accuracy", "winrate"]
+)
 def test_help(name, capsys):
-    """--help works, and every flag of every command says what it is."""
+    """--help works, and every flag of every command that has flags by tyro says what it is."""
     module = importlib.import_module(f"eval.{name}")
     with pytest.raises(SystemExit) as ended:
         module.main(["--help"])
