@@ -694,10 +694,9 @@ def off_at_matched_kl(found: Found) -> str:
     said = []
     for kl in levels(found, CALIBRATED):
         gap = lambda name, kl=kl: matched(found, "vcb", kl, *GOLD) - matched(found, name, kl, *GOLD)
-        said.append(
-            f"at {kl:g} nats {' and '.join(f'{word(gap(name))} {NAMES[name]}'s ({shown(gap(name))})' for name in CALIBRATED[1:])}"
-        )
-    return f" Final policies at equal KL, between several γ: VCB's gold reward is {'; '.join(said)}."  # fmt: skip
+        each = (f"{word(gap(name))} {NAMES[name]}'s ({shown(gap(name))})" for name in CALIBRATED[1:])
+        said.append(f"at {kl:g} nats {' and '.join(each)}")
+    return f" Final policies at equal KL, between several γ: VCB's gold reward is {'; '.join(said)}."
 
 
 def answer_vcb(found: Found) -> str:

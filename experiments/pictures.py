@@ -128,27 +128,32 @@ def draw_frontier(found: Found, names, ink: str) -> Figure:
     )
 
 
-def draw_coefficients(found: Found, ink: str) -> Figure:
-    """Final policies of one coefficient each, gold reward against KL: a line a method."""
-    figure = Figure((10, 4.4), layout="constrained")
-    axes, look = figure.subplots(1, 2, sharey=True), report.looks([*CALIBRATED, "dvpo", "ppo"])
+def draw_coefficients(found: Found, names, ink: str) -> Figure:
+    """Final policies of one coefficient each, gold reward and proxy against KL: a line a method."""
+    figure = Figure((10, 4.6), layout="constrained")
+    axes, look = figure.subplots(1, 2), report.looks(names)
     best = [found.runs["sft"][str(seed)]["best_of_n"] for seed in found.seeds]
-    axes[0].plot(*np.mean([[(row["kl"], row["gold"]) for row in some] for some in best], 0).T, color=ink, linestyle=":", label="best of n")  # fmt: skip
-    for axis, names in zip(axes, (CALIBRATED, ("dvpo", "ppo")), strict=True):
-        for name in (name for name in names if len(family(found, name)) > 1):
-            colour, marker, line = look[name]
-            x, y = (
-                np.array([found.numbers(run, *path) for run in family(found, name)]) for path in (("kl",), page.GOLD)
-            )
+    for axis, path in zip(axes, (page.GOLD, ("proxy", "mean")), strict=True):
+        line = np.mean([[(row["kl"], row[path[0]]) for row in some] for some in best], 0)
+        axis.plot(*line.T, color=ink, linestyle=":", label="best of n")
+        for i, name in enumerate(names):
+            colour, marker, dash = look[name]
+            runs = family(found, name)
+            x, y = (np.array([found.numbers(run, *one) for run in runs]) for one in (("kl",), path))
             axis.plot(x, y, ".", color=colour, alpha=0.45, markersize=4)
-            axis.plot(x.mean(1), y.mean(1), color=colour, marker=marker, linestyle=line, label=plain(name))
-            for run, *at in zip(family(found, name), x.mean(1), y.mean(1), strict=True):
+            axis.plot(x.mean(1), y.mean(1), color=colour, marker=marker, linestyle=dash, label=plain(name))
+            for run, *at in zip(runs, x.mean(1), y.mean(1), strict=True):
                 value = page.OWN[name][1] if run == name else run.rpartition("_")[2]
-                axis.annotate(value, at, (4, -11), textcoords="offset points", fontsize=7.5, color=colour)
-    axes[0].set_ylabel("gold reward, held-out prompts")
+                where = {
+                    "textcoords": "offset points",
+                    "ha": "left" if i % 2 else "right",
+                    "va": "top" if i % 2 else "bottom",
+                }
+                axis.annotate(value, at, (5, -3) if i % 2 else (-5, 3), fontsize=7.5, color=colour, **where)
     below = "KL to the SFT policy, nats a response"
-    note = f"final policies, means of {seeds_of(found)}; small dots are single seeds, numbers the coefficients"
-    return finish(figure, axes, [("off-policy, by γ", below), ("on-policy, by β", below)], ink, note, 6)
+    titles = [("gold reward, held-out prompts", below), ("proxy: the reward model's score, standardised", below)]
+    note = f"final policies, means of {seeds_of(found)}; small dots are single seeds, numbers the coefficients γ, β"
+    return finish(figure, axes, titles, ink, note, 6)
 
 
 def draw_values(found: Found, ink: str) -> Figure:
@@ -281,8 +286,8 @@ def pictures(found: Found) -> dict:
         made["learning_curve"] = (draw_curves, found, there(("dvpo", "dvpo_q", "ppo")))
         made["learning_curves"] = (draw_curves, found, there(ON))
         made["frontier"] = (draw_frontier, found, [name for name in there((*ON, *OFF)) if points(found, name)])
-    if any(len(family(found, name)) > 1 for name in (*CALIBRATED, "dvpo", "ppo")):
-        made["coefficients"] = (draw_coefficients, found)
+    if several := [name for name in (*CALIBRATED, "dvpo", "ppo") if len(family(found, name)) > 1]:
+        made["coefficients"] = (draw_coefficients, found, several)
     for name, groups in GROUPS.items():
         groups = {title: some for title, names in groups.items() if len(some := there(names)) > 1}
         if groups:
