@@ -71,7 +71,7 @@ def write_data(data: Path, folder: Path, size: dict) -> dict:
 def jobs(model: str, folder: Path) -> dict[str, runner.Job]:
     flags = (
         f"--model {model} --data {folder}/train.jsonl --learning_rate 3e-4 {LORA} --epochs 1 --batch_size 8 --eval_share 0.05 "
-        f"--max_prompt_tokens 512 --max_response_tokens {TOKENS} --warmup_steps 10"
+        f"--max_prompt_tokens 512 --max_response_tokens {TOKENS} --warmup_steps 10 --micro_tokens 2048"
     )
     value = f"{flags} --tau_tokens {TOKENS}"
     names = {

@@ -146,7 +146,8 @@ def execute(jobs: dict[str, Job], workers: int = 2) -> bool:
     for folder in (jobs[name].folder for name in done):
         mark = folder / "code"
         if not mark.is_file() or mark.read_text() != code:
-            print(f"error: {folder} is of another state of the code: move {folder.parent} aside, and begin again")
+            told = f"error: {folder} is of another state of the code: move {folder.parent} aside, and begin again"
+            print(told, file=sys.stderr)
             raise SystemExit(2)
     waiting, running, failed, lock = [name for name in jobs if name not in done], set(), [], threading.Condition()
     total = sum(jobs[name].seconds for name in waiting)

@@ -280,7 +280,14 @@ def test_the_released_form_has_no_terminal_value(small):
     assert found[0].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_runs_of_another_state_of_the_code_are_refused(monkeypatch, tmp_path):
+def test_a_run_that_is_not_known_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "dvpo", "dvpoo"])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 2 and "no run is called dvpoo" in capsys.readouterr().err
+
+
+def test_runs_of_another_state_of_the_code_are_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "FOLDER", tmp_path)
     code = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(parents=True); (pathlib.Path(sys.argv[1]) / 'summary.json').touch()"
     job = run.Job([sys.executable, "-c", code, str(tmp_path / "a")], tmp_path / "a", [], 1)
@@ -288,5 +295,6 @@ def test_runs_of_another_state_of_the_code_are_refused(monkeypatch, tmp_path):
     other = run.Job([sys.executable, "-c", code, str(tmp_path / "b")], tmp_path / "b", [], 1)
     monkeypatch.setattr(run, "same_code", lambda: "another")
     assert run.execute({"b": other})  # which does not make the first one's code the same
-    with pytest.raises(SystemExit, match="another state of the code"):
+    with pytest.raises(SystemExit) as ended:
         run.execute({"a": job})
+    assert ended.value.code == 2 and "another state of the code" in capsys.readouterr().err

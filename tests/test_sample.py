@@ -223,7 +223,7 @@ def test_killed_and_resumed(home, tmp_path):
         [*command, "--output_dir", "part"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     part = tmp_path / "part/parts/rank_0.jsonl"
-    for _ in range(3000):
+    for _ in range(12000):
         if part.exists() and part.read_text().count("\n") > 8:
             break
         time.sleep(0.01)
@@ -257,9 +257,6 @@ def test_generate_batch_samples(home, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- mistakes
 @pytest.mark.parametrize("options, message", [
     ({"greedy": True}, "--n 1"),
-    ({"temperature": 0.0}, "--temperature above 0"),
-    ({"n": 0}, "1 or more"),
-    ({"top_p": 0.0}, "--top_p above 0"),
     ({"reward_model": "two"}, "not a reward model with one score"),
     ({"reward_model": "policy"}, "not a reward model with one score"),
     ({"reward_model": "runs/rm/final"}, "python rm.py"),

@@ -385,7 +385,7 @@ WRONG = [  # script, flags with {home}, what the message says
     ("dvpo", "--policy {home}/policy --gvm {home}/other_tokens", "tokenizers"),
     ("dvpo", "--policy {home}/policy --gvm {home}/gvm --rollout_batch_size 7", "--batch_size 32"),
     ("dvpo", "--policy {home}/policy --gvm {home}/gvm --split train[:9]", "--rollout_batch_size 64"),
-    ("dvpo", "--policy {home}/policy --gvm {home}/gvm --tau_pairs 2", "`python gvm.py --tau_pairs`"),
+    ("dvpo", "--policy {home}/policy --gvm {home}/gvm --tau_pairs 2", "`python gvm.py --tau_pairs 2`"),
     ("dvpo", "--policy {home}/policy --gvm {home}/gvm --share_backbone", "`python gvm.py --lora_r 8`"),
     ("ppo", "", "runs/sft/final is not a model folder: run `python sft.py` first"),
     ("ppo", "--policy {home}/policy", "runs/rm/final is not a model folder: run `python rm.py` first"),
