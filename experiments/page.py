@@ -816,6 +816,18 @@ def claim_questions(found: Found) -> str:
     )  # fmt: skip
 
 
+def claim_tokens(found: Found) -> str:
+    """README: the picture of token values in numbers, of the first seed."""
+    signed = lambda x: f"{x:+.2f}".replace("-", "−")
+    step = lambda line, key, at: signed(line[key][at + 1] - line[key][at])
+    each = []
+    for pair in found.probes[str(found.seeds[0])]["tokens"]:
+        at = pair["decisive"]
+        two = (f"`{line['words'][at]}` {step(line, 'q', at)} ({step(line, 'exact', at)})" for line in pair["lines"])
+        each.append(f"{pair['title'].lower()}: {', '.join(two)}")
+    return f"Steps of Q at the word where two part, and in brackets those of the exact values: {'; '.join(each)}."
+
+
 def claims(found: Found) -> str:
     """The findings in short, at the head of EXPERIMENTS.md."""
     answers = (answer_values(found), answer_moved(found), answer_tau(found), answer_ppo(found), answer_gradient(found), answer_off(found),
@@ -915,7 +927,7 @@ def tables() -> dict[str, callable]:
                 "answer_3": lambda: f"{answer_ppo(toy)}\n\n{answer_breakdown(toy)}\n\n{answer_ladder(toy)}",
                 "answer_4": lambda: f"{answer_gradient(toy)}\n\n{answer_advantages(toy)}", "answer_5": lambda: f"{answer_off(toy)}\n\n{answer_vcb(toy)}", "answer_6": lambda: answer_over(toy),
                 "answer_7": lambda: answer_implicit(toy), "answer_8": lambda: answer_teachers(toy),
-                "answer_9": lambda: answer_baselines(toy), "claims": lambda: claims(toy), "claim_questions": lambda: claim_questions(toy),
+                "answer_9": lambda: answer_baselines(toy), "claims": lambda: claims(toy), "claim_questions": lambda: claim_questions(toy), "claim_tokens": lambda: claim_tokens(toy),
                 "gradients": lambda: gradients(toy), "teachers": lambda: teachers(toy), "moved": lambda: moved(toy),
                 "implicit": lambda: implicit(toy),
             }  # fmt: skip
