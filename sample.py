@@ -401,7 +401,7 @@ def score_sequences(model, sequences, pad_token_id: int, args, rank: int, world:
                 given = model(*collate_scored([row[2] for row in micro], pad_token_id, device, args))
                 index = torch.tensor([i for _, real, _, i in micro if real], dtype=torch.long, device=device)
                 scores.index_add_(0, index, given[: len(index)])
-        found += all_sum(scores).tolist()
+        found += (all_sum(scores) if world > 1 else scores).tolist()  # sample.py's ranks score by themselves
     return found
 
 
