@@ -141,7 +141,12 @@ def test_a_look_at_a_policy_says_what_stock_models_say_of_its_responses(home, tm
 
 @pytest.mark.parametrize(
     ("script", "how"),
-    [("dvpo", {}), ("rm", {"eval_every": 1, "eval_share": 0.0}), ("sft", {"eval_every": 2}), ("rm", {"eval_every": 9, "eval_share": 0.3})],
+    [
+        ("dvpo", {}),
+        ("rm", {"eval_every": 1, "eval_share": 0.0}),
+        ("sft", {"eval_every": 2}),
+        ("rm", {"eval_every": 9, "eval_share": 0.3}),
+    ],
 )
 def test_keep_best_without_looks_is_refused(home, tmp_path, capsys, script, how):
     with pytest.raises(SystemExit):
