@@ -106,7 +106,7 @@ def measured(folder: Path) -> dict:
             kept = folder / f"{part}_{name}.json"
             if not kept.is_file():
                 words = [sys.executable, str(runner.ROOT / "eval" / "value_accuracy.py"), "--gvm", str(folder / gvm / "final"),
-                         "--data", str(folder / f"{part}.jsonl"), "--max_prompt_tokens", "512", "--max_response_tokens", str(TOKENS),
+                         "--data", str(folder / f"{part}.jsonl"), "--max_prompt_tokens", "1024", "--max_response_tokens", str(TOKENS),
                          "--micro_batch_size", "16", "--output", str(kept), *flags.split()]  # fmt: skip
                 subprocess.run(words, check=True, cwd=runner.ROOT)
             found[part][name] = json.loads(kept.read_text())
