@@ -401,10 +401,9 @@ def train(args: Args) -> Path:
     reference = load_reference(tokenizer, args, device)
     run = Run(args, engine, model, tokenizer, rank, total, started, bar=("loss", "misaligned"))
     policy.eval()
-    first = [groups[i] for i in shuffled(len(groups), args.seed, 0)[: args.batch_size]]
-    add_reference(
-        first if args.trace else groups + held_out, reference or engine, run, tokenizer, args, rank, world, device
-    )
+    first = shuffled(len(groups), args.seed, 0)[: args.batch_size]
+    scored = [groups[i] for i in first] if args.trace else groups + held_out
+    add_reference(scored, reference or engine, run, tokenizer, args, rank, world, device)
     del reference
     run.restore()
     policy.train()

@@ -816,6 +816,18 @@ def claim_questions(found: Found) -> str:
     )  # fmt: skip
 
 
+def claim_curve(found: Found) -> str:
+    """README: what the fall in the picture of learning curves is."""
+    said = []
+    for seed in broken(found, "dvpo"):
+        gold = curve(found, "dvpo")[found.seeds.index(int(seed))]
+        below = np.flatnonzero(gold[10:] < 0) + 11  # the first steps are near the SFT policy, which is below 0
+        said.append(
+            f"The fall is seed {seed}, on which DVPO broke down: the gold reward of its rollouts is below 0 at {len(below)} of {len(gold)} steps, the last of them step {below[-1]}."
+        )
+    return " ".join(said)
+
+
 def claim_tokens(found: Found) -> str:
     """README: the picture of token values in numbers, of the first seed."""
     signed = lambda x: f"{x:+.2f}".replace("-", "−")
@@ -927,7 +939,7 @@ def tables() -> dict[str, callable]:
                 "answer_3": lambda: f"{answer_ppo(toy)}\n\n{answer_breakdown(toy)}\n\n{answer_ladder(toy)}",
                 "answer_4": lambda: f"{answer_gradient(toy)}\n\n{answer_advantages(toy)}", "answer_5": lambda: f"{answer_off(toy)}\n\n{answer_vcb(toy)}", "answer_6": lambda: answer_over(toy),
                 "answer_7": lambda: answer_implicit(toy), "answer_8": lambda: answer_teachers(toy),
-                "answer_9": lambda: answer_baselines(toy), "claims": lambda: claims(toy), "claim_questions": lambda: claim_questions(toy), "claim_tokens": lambda: claim_tokens(toy),
+                "answer_9": lambda: answer_baselines(toy), "claims": lambda: claims(toy), "claim_questions": lambda: claim_questions(toy), "claim_tokens": lambda: claim_tokens(toy), "claim_curve": lambda: claim_curve(toy),
                 "gradients": lambda: gradients(toy), "teachers": lambda: teachers(toy), "moved": lambda: moved(toy),
                 "implicit": lambda: implicit(toy),
             }  # fmt: skip
