@@ -390,13 +390,20 @@ def real_policies(report: dict) -> str:
 
 
 def answer_real_policies(report: dict) -> str:
-    said = []
+    said, better = [], []
     for part, text in (("seen", "Of policies it was trained on"), ("unseen", "Of policies never seen")):
         tau, none = (scored(report, part, name) for name in ("gvm", "gvm_no_tau"))
         apart = tau["ci95"][0] > none["ci95"][1] or none["ci95"][0] > tau["ci95"][1]
         said.append(f"{text}, the GVM with τ orders {rate(tau)} of the pairs, the one trained without {rate(none)}: "
-                    f"{'a difference' if apart else 'no difference beyond the intervals, which are over prompts'}.")  # fmt: skip
-    return f"**Answer.** {' '.join(said)}"
+                    f"the intervals, over prompts, {'are apart' if apart else 'overlap'}.")  # fmt: skip
+        length = scored(report, part, "whole_length")["mean"]
+        better += [name for name in SCORERS if scored(report, part, name)["mean"] > length]
+    steps = {name: report["runs"][name]["steps"] for name in ("gvm", "gvm_no_tau", "rm")}
+    return (
+        f"**Answer.** {' '.join(said)} {'Some scorer does' if better else 'None does'} better than the length of the whole text. All read the same answers once, but not in "
+        f"as many optimizer steps: a row has two answers for the GVM with τ ({steps['gvm']} steps), one without ({steps['gvm_no_tau']}), all of a prompt for the reward model ({steps['rm']}). So the "
+        "difference is not τ's alone, and one epoch is little."
+    )  # fmt: skip
 
 
 def claim_sentiment(report: dict) -> str:
