@@ -829,8 +829,9 @@ def claim_curve(found: Found) -> str:
     for seed in broken(found, "dvpo"):
         gold = curve(found, "dvpo")[found.seeds.index(int(seed))]
         below = np.flatnonzero(gold[10:] < 0) + 11  # the first steps are near the SFT policy, which is below 0
+        last = f", the last of them step {below[-1]}" if len(below) else ""
         said.append(
-            f"The fall is seed {seed}, on which DVPO broke down: the gold reward of its rollouts is below 0 at {len(below)} of {len(gold)} steps, the last of them step {below[-1]}."
+            f"The fall is seed {seed}, on which DVPO broke down: the gold reward of its rollouts is below 0 at {len(below)} of {len(gold)} steps{last}."
         )
     return " ".join(said)
 
