@@ -116,8 +116,8 @@ def headline(results: dict) -> str:
     if best is None or sft is None:
         return f"The SFT policy's gold reward is {with_interval(sft['gold'])}." if sft else ""
     row, top = methods[best], max(methods, key=lambda name: methods[name]["gold"]["mean"])
-    verb = "rises" if row["gold"]["mean"] > sft["gold"]["mean"] else "falls"
-    share = "falls" if row["malformed"] < sft["malformed"] else "rises"
+    way = lambda old, new: "rises" if new > old else "falls" if new < old else "goes"
+    verb, share = way(sft["gold"]["mean"], row["gold"]["mean"]), way(sft["malformed"], row["malformed"])
     text = (
         f"On held-out prompts the gold reward {verb} from {with_interval(sft['gold'])} after SFT to "
         f"{with_interval(row['gold'])} after DVPO (run {best}; mean and 95\N{NO-BREAK SPACE}% interval), and the share "
@@ -319,13 +319,15 @@ def draw_lengths(methods: dict, ink: str) -> Figure:
 
 
 def over_optimised(frontier: dict) -> list[tuple[str, float, float]]:
-    """(method, fall of gold, rise of proxy) from the point of highest gold to the last one, where the proxy rose and gold
-    fell so far that their 95 % intervals do not meet: the highest of several noisy points is always a little too high."""
+    """(method, fall of gold, rise of proxy) to the last point from that of highest gold among those since which the proxy rose and
+    gold fell so far that their 95 % intervals do not meet: the highest of several noisy points is always a little too high."""
     found = []
     for name, points in frontier.items():
         if all("proxy" in point for point in points):
-            best, last = max(points, key=lambda point: point["gold"]), points[-1]
-            if best["gold_ci95"][0] > last["gold_ci95"][1] and last["proxy"] > best["proxy"]:
+            last = points[-1]
+            above = [q for q in points if q["gold_ci95"][0] > last["gold_ci95"][1] and last["proxy"] > q["proxy"]]
+            if above:
+                best = max(above, key=lambda point: point["gold"])
                 found.append((name, best["gold"] - last["gold"], last["proxy"] - best["proxy"]))
     return found
 

@@ -18,7 +18,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 # 97.5 % quantile of Student's t for n - 1 degrees of freedom
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23, 12: 2.20}
 
 NAMES = {
     "sft": "SFT", "dvpo": "DVPO, `gae`", "dvpo_q": "DVPO, `q` (paper)", "ppo": "PPO", "remax": "ReMax", "rloo": "RLOO",
@@ -26,9 +26,9 @@ NAMES = {
     "rest": "ReST", "ppo_gold": "PPO, gold reward", "ppo_rm_2_epochs": "PPO, reward model of two epochs", "dvpo_exact_q": "DVPO, exact Q of the SFT mixture",
     "dvpo_eos_penalty": "DVPO, `--eos_penalty 1`",
     "dvpo_lam_1": "`gae`, λ = 1 (Q_T − V)", "dvpo_q_minus_v": "`gae`, λ = 0 (Q − V)", "dvpo_q_position": "`q` less its position's mean",
-    "dvpo_q_start": "`q` less V(s_1)", "dvpo_released": "the released code's form", "dvpo_no_tau": "GVM trained without τ",
+    "dvpo_q_start": "`q` less V(s_1)", "dvpo_released": "the released code's values and GAE", "dvpo_no_tau": "GVM trained without τ",
     "dvpo_no_tau_shown": "GVM trained with τ, none shown", "dvpo_other_tau": "another policy's τ", "dvpo_all_tokens": "no outcome share",
-    "dvpo_td_95": "TD(0.95)", "dvpo_td_0": "TD(0), eq. 1", "dvpo_eq_2": "eq. 2 in the loss", "vcb_full": "VCB, all i ≠ j",
+    "dvpo_td_95": "TD(0.95)", "dvpo_td_0": "TD(0), eq. 1", "dvpo_q_no_tau": "`q`, outcome share 0.5", "dvpo_q_eq_2": "`q`, eq. 2, Monte-Carlo", "dvpo_q_paper": "`q`, eq. 1 and 2 (paper)", "vcb_full": "VCB, all i ≠ j",
     "vcb_mean": "VCB, mean of pairs", "dpo_length_penalty": "DPO, length penalty 0.1", "vcb_n_2": "VCB, n = 2", "vcb_n_4": "VCB, n = 4",
     "vcb_n_8": "VCB, n = 8", "vcb_noise_1": "VCB, noisy scores", "dpo_noise_1": "DPO, noisy scores", "rest_noise_1": "ReST, noisy scores",
     "rm": "reward model", "astar": "A*-PO, four updates a rollout", "astar_once": "A*-PO, one update a rollout", "online_dpo": "online DPO",
@@ -73,7 +73,8 @@ class Found:
 
     def __init__(self, report: dict):
         self.runs, self.seeds = report["runs"], report["seeds"]
-        self.probes = report.get("probes", {})
+        kept = report.get("probes", {})
+        self.probes = {str(seed): kept[str(seed)] for seed in self.seeds if str(seed) in kept}  # in the order of seeds
 
     def probed(self, *path) -> np.ndarray:
         """One number a seed, of experiments/probes.py."""
@@ -106,7 +107,13 @@ def shown(x: np.ndarray, digits: int = 2, percent: bool = False, bounds: bool = 
         return "–"
     text = f"{mean:.{digits}f}{' %' if percent else ''}"
     text += f" [{low:.{digits}f}, {high:.{digits}f}]" if bounds and not math.isnan(low) else ""
+    there = int((~np.isnan(np.asarray(x, float))).sum())
+    text += f" ({there} of {len(x)} seeds)" if there < len(x) else ""  # a mean over some seeds says so
     return text.replace("-", "−")
+
+
+def nats(kl: float) -> str:
+    return f"{kl:g} nat{'' if kl == 1 else 's'}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -148,8 +155,7 @@ def policies(
 
 
 def at_kl(found: Found, name: str, kl: float, window: int = 5) -> np.ndarray:
-    """Gold reward where a run first comes to this KL, one number a seed: along the five-step means of its rollouts or, off
-    policy, between SFT and its snapshots."""
+    """Gold reward where a run first comes to this KL, one number a seed: along the five-step means of its rollouts."""
     out = []
     for seed in found.seeds:
         row = found.runs.get(name, {}).get(str(seed))
@@ -157,13 +163,8 @@ def at_kl(found: Found, name: str, kl: float, window: int = 5) -> np.ndarray:
             out.append(math.nan)
             continue
         points = [(0.0, found.runs["sft"][str(seed)]["gold"]["mean"])]
-        if "curve" in row:
-            mean = lambda key, row=row: np.convolve(
-                [step[key] for step in row["curve"]], np.ones(window) / window, "valid"
-            )
-            points += list(zip(mean("kl"), mean("gold"), strict=True))
-        else:
-            points += sorted([(p["kl"], p["gold"]) for p in row["points"]] + [(row["kl"], row["gold"]["mean"])])
+        mean = lambda key, row=row: np.convolve([step[key] for step in row["curve"]], np.ones(window) / window, "valid")
+        points += list(zip(mean("kl"), mean("gold"), strict=True))
         there = next((i for i, point in enumerate(points) if point[0] >= kl), None)
         inside = points[max(0, (there or 0) - 1) : (there or 0) + 1]
         out.append(math.nan if there is None else float(np.interp(kl, *zip(*inside, strict=True))))
@@ -172,7 +173,7 @@ def at_kl(found: Found, name: str, kl: float, window: int = 5) -> np.ndarray:
 
 def equal_kl(found: Found, names, levels=(1.0, 2.0, 3.0, 4.0)) -> str:
     rows = [[NAMES[name], *(shown(at_kl(found, name, kl)) for kl in levels)] for name in names]
-    return table(["gold reward at a KL of", *(f"{kl:g} nats" for kl in levels)], rows)
+    return table(["gold reward at a KL of", *map(nats, levels)], rows)
 
 
 def family(found: Found, name: str) -> list[str]:
@@ -181,16 +182,22 @@ def family(found: Found, name: str) -> list[str]:
     return sorted((run for run in found.runs if re.sub("_(gamma|beta)_.*", "", run) == name), key=value)
 
 
-def matched(found: Found, name: str, kl: float, *path) -> np.ndarray:
-    """What the final policies of a method would be worth at this KL, one number a seed: between its coefficients' runs, NaN beyond
-    them."""
+def matched(found: Found, name: str, kl: float | np.ndarray, *path) -> np.ndarray:
+    """What the final policies of a method would be worth at this KL (one for all seeds, or one each), a number a seed: between its
+    coefficients' runs, NaN beyond them, and where those on its two sides are WIDE nats apart and neither is near: a chord to a
+    run that broke down."""
     names, out = family(found, name), []
-    for x, y in zip(*(np.array([found.numbers(run, *one) for run in names]).T for one in (("kl",), path)), strict=True):
+    points = (np.array([found.numbers(run, *one) for run in names]).T for one in (("kl",), path))
+    for x, y, at in zip(*points, np.broadcast_to(kl, len(found.seeds)), strict=True):
         order = np.argsort(x)
-        out.append(np.interp(kl, x[order], y[order], math.nan, math.nan))
+        x, y = x[order], y[order]
+        gap = min(x[x >= at], default=math.inf) - max(x[x <= at], default=-math.inf)
+        apart = gap > WIDE and np.nanmin(np.abs(x - at)) > NEAR
+        out.append(math.nan if apart else np.interp(at, x, y, math.nan, math.nan))
     return np.array(out)
 
 
+WIDE, NEAR = 4.0, 0.5  # nats: how far apart two runs may be that are interpolated between, unless one is so near
 LEVELS = {"γ": (1.0, 1.5, 2.0, 2.5, 3.0), "β": (3.0, 4.0, 5.0, 6.0, 7.0)}
 
 
@@ -207,7 +214,26 @@ def at_matched_kl(found: Found, names) -> str:
     steps = LEVELS[OWN[names[0]][0]]
     full = lambda x: "–" if np.isnan(x).any() else shown(x)  # a mean over some of the seeds would be of the mildest
     rows = [[NAMES[name], *(full(matched(found, name, kl, *GOLD)) for kl in steps)] for name in names]
-    return table(["gold reward of final policies at a KL of", *(f"{kl:g} nats" for kl in steps)], rows)
+    return table(["gold reward of final policies at a KL of", *map(nats, steps)], rows)
+
+
+def at_their_kl(found: Found, names, others) -> str:
+    """Methods of one coefficient: the others' final policies, between coefficients, at the KL where each seed's run ended."""
+    if any(len(family(found, other)) < 2 for other in others) or not found.runs.keys() >= set(names):
+        return NOT_YET
+    at = lambda name, other: matched(found, other, found.numbers(name, "kl"), *GOLD) - found.numbers(name, *GOLD)
+    rows = [
+        [
+            NAMES[name],
+            shown(found.numbers(name, "kl"), 1),
+            shown(found.numbers(name, *GOLD)),
+            *(shown(at(name, other)) for other in others),
+        ]
+        for name in names
+    ]
+    return table(
+        ["", "KL to SFT", "gold reward", *(f"{NAMES[other]}'s gold at this KL − its own" for other in others)], rows
+    )
 
 
 def all_at_matched_kl(found: Found, names) -> str:
@@ -217,7 +243,7 @@ def all_at_matched_kl(found: Found, names) -> str:
     kl, keys = levels(found, names)[-1], [key for key in FULL if key != "KL to SFT"]
     at = lambda name, key: matched(found, name, kl, *COLUMNS[key][0])
     rows = [[NAMES[name], *(shown(at(name, key), *COLUMNS[key][1:]) for key in keys)] for name in names]
-    return table([f"at a KL of {kl:g} nats", *keys], rows)
+    return table([f"at a KL of {nats(kl)}", *keys], rows)
 
 
 def curve(found: Found, name: str, key: str = "gold") -> np.ndarray:
@@ -265,7 +291,7 @@ def plateau(found: Found, names) -> str:
         reached = f"{(~np.isnan(steps)).sum()} of {len(steps)}"
         worst = np.nanmin(found.numbers(name, "gold", "mean"))
         low = shown(lowest(found, name).min(keepdims=True))
-        rows.append([NAMES[name], shown(steps, 0), reached, f"{worst:.2f}".replace("-", "−"), low])
+        rows.append([NAMES[name], shown(steps[~np.isnan(steps)], 0), reached, f"{worst:.2f}".replace("-", "−"), low])
     return table(
         [
             "",
@@ -290,6 +316,36 @@ def values(found: Found, names, yardsticks: bool = False) -> str:
         path = [("yardsticks", which, span, kind) for kind in ("correlation", "mse") for span in ("all", "first3")]
         rows.append([text, *(shown(found.numbers("gvm", *p), 3) for p in path)])
     return table(["GVM", "correlation, all tokens", "first three", "MSE, all tokens", "first three"], rows)
+
+
+TARGETS = {  # GVM without tau -> (how it was trained, the policy that `gae` makes of it, and `q`)
+    "gvm_no_tau": ("Monte-Carlo, outcome share 0.5 (ours)", "dvpo_no_tau", "dvpo_q_no_tau"),
+    "gvm_all_tokens": ("Monte-Carlo, all tokens alike", "dvpo_all_tokens", ""),
+    "gvm_td_95": ("TD(0.95)", "dvpo_td_95", ""),
+    "gvm_td_0": ("TD(0), eq. 1", "dvpo_td_0", ""),
+    "gvm_eq_2": ("Monte-Carlo, eq. 2", "", "dvpo_q_eq_2"),
+    "gvm_paper": ("TD(0), eq. 1 and 2 (paper)", "", "dvpo_q_paper"),
+}
+
+
+def targets(found: Found) -> str:
+    """The value models of question 2; eq. 2 leaves scale and offset open, so that errors say nothing there."""
+    there = [name for name in TARGETS if name in found.runs]
+    if len(there) < 2:
+        return NOT_YET
+    rows = []
+    for name in there:
+        at = lambda span, kind, name=name: shown(found.numbers(name, "no_tau", span, kind), 3, bounds=kind != "mse")
+        probe = lambda key, name=name: shown(found.probed("targets", name, key), bounds=False)
+        scaled = not TARGETS[name][2] or name == "gvm_no_tau"
+        said = [at("all", "mse"), probe("slope"), probe("offset")] if scaled else ["–"] * 3
+        accuracy = shown(found.numbers(name, "summary", "accuracy_mean"), 1, percent=True)
+        rows.append(
+            [TARGETS[name][0], at("all", "correlation"), at("first3", "correlation"), probe("last"), *said, accuracy]
+        )
+    head = ["correlation, all tokens", "first three", "last", "MSE", "slope", "offset", "pairs ordered, mean of tokens"]
+    missing = [TARGETS[name][0] for name in TARGETS if name not in there]
+    return table(["GVM", *head], rows) + (f"\n\n*Not run yet: {', '.join(missing)}.*" if missing else "")
 
 
 def pairs_shown(found: Found) -> str:
@@ -406,6 +462,16 @@ def answer_real_policies(report: dict) -> str:
     )  # fmt: skip
 
 
+def claim_real_policies(report: dict) -> str:
+    """README: is tau worth it, on real text."""
+    tau, none = (rate(scored(report, "seen", name)) for name in ("gvm", "gvm_no_tau"))
+    steps = [report["runs"][name]["steps"] for name in ("gvm", "gvm_no_tau")]
+    return (
+        f" On answers of real policies a GVM with τ orders {tau} of pairs, one trained without {none}, in {steps[1]} optimizer steps for {steps[0]} "
+        "([how](EXPERIMENTS.md#does-τ-help-on-real-policies))."
+    )  # fmt: skip
+
+
 def claim_sentiment(report: dict) -> str:
     found = {}
     for name, row in report["policies"].items():
@@ -468,7 +534,13 @@ def teachers(found: Found) -> str:
         [text, *(shown(found.probed("teachers", "correlation", name, span)) for span in spans)]
         for name, text in names.items()
     ]
+    rows.append(["most that the truth's noise allows", *(shown(allowed(found, span), bounds=False) for span in spans)])
     return table(["correlation with the policy's own values", "all places", "after the first token", "later"], rows)
+
+
+def allowed(found: Found, span: str) -> np.ndarray:
+    """What values known exactly would correlate with the noisy means that stand for the truth, one number a seed."""
+    return np.sqrt(np.maximum(1 - found.probed("teachers", "noise", span), 0))
 
 
 def moved(found: Found) -> str:
@@ -476,7 +548,7 @@ def moved(found: Found) -> str:
     for i, point in enumerate(steps[0]):
         at = lambda *path, i=i: shown([_dig(some[i], path) for some in steps])
         own, none = (at("correlation", name, "all") for name in ("gvm", "gvm_no_tau_shown"))
-        noise = np.array([one[i]["noise"] for one in steps], float)  # none where all texts are worth the same
+        noise = np.array([one[i]["noise"]["all"] for one in steps], float)  # none where all texts are worth the same
         most = shown(np.sqrt(np.maximum(1 - noise, 0)), bounds=False)
         rows.append([str(point["step"]), at("kl"), at("gold"), own, none, most])
     return table(
@@ -508,6 +580,8 @@ def implicit(found: Found) -> str:
 def word(gap: np.ndarray) -> str:
     """How one number stands to another, of their paired differences over seeds."""
     _, low, high = interval(gap)
+    if math.isnan(low):
+        return "on too few seeds to be compared with"
     return "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
 
 
@@ -527,10 +601,15 @@ def answer_values(found: Found) -> str:
         found.numbers(name, "pairs_shown", "held_out", k, "all", "correlation"), bounds=False
     )
     mean = lambda x: shown(x, bounds=False)
+    early, whole = (word(at("right_tau", span) - without(span)) for span in ("first3", "all"))
+    head = "At the beginning of a response τ tells who writes: over" if early == "above" else "Over"
+    later = (
+        ": after a few words the text itself tells" if early == "above" and whole == "not distinguishable from" else ""
+    )
     return (
-        f"**Answer.** At the beginning of a response τ tells who writes: over the first three tokens the correlation is {mean(at('right_tau', 'first3'))} with the "
+        f"**Answer.** {head} the first three tokens the correlation is {mean(at('right_tau', 'first3'))} with the "
         f"writer's τ, {mean(without('first3'))} for a GVM trained without, {mean(at('other_tau', 'first3'))} with another policy's. Over all tokens it is {mean(at('right_tau', 'all'))} against "
-        f"{mean(without('all'))} (difference {shown(at('right_tau', 'all') - without('all'))}): after a few words the text itself tells. Of policies never seen it is {unseen('gvm', '2')} with two "
+        f"{mean(without('all'))} (difference {shown(at('right_tau', 'all') - without('all'))}){later}. Of policies never seen it is {unseen('gvm', '2')} with two "
         f"pairs, {unseen('gvm', '0')} with none shown, {unseen('gvm_no_tau', '0')} for the GVM trained without."
     )  # fmt: skip
 
@@ -540,20 +619,34 @@ def answer_moved(found: Found) -> str:
         [one["moved"][i]["correlation"][name]["all"] for one in found.probes.values()], bounds=False
     )
     kl = shown([one["moved"][-1]["kl"] for one in found.probes.values()], 1, bounds=False)
-    start = lambda name: shown(found.probed("teachers", "correlation", name, "all"), bounds=False)
+    first = lambda name: found.probed("teachers", "correlation", name, "all")
+    start = lambda name: shown(first(name), bounds=False)
+    effect = {"above": "For a mixture τ helps:", "below": "For a mixture τ misleads:"}
+    head = effect.get(word(first("gvm") - first("gvm_no_tau_shown")), "For a mixture:")
+    end = np.array([one["moved"][-1]["correlation"]["gvm"]["all"] for one in found.probes.values()], float)
+    share = np.nanmean(end / first("gvm"))
+    lost = "loses most" if share < 0.5 else "loses a part" if share < 1 else "loses nothing"
     return (
-        f"For a mixture τ misleads: of the SFT policy's own values the GVM knows {start('gvm')} with τ of its texts and {start('gvm_no_tau_shown')} with none "
-        f"(correlation). And a frozen value model loses most of what it knows of a policy that moves: of DVPO's at a KL of {kl}, {at(-1, 'gvm')} "
-        f"and {at(-1, 'gvm_no_tau_shown')}."
+        f"{head} with the SFT policy's own values the GVM's correlate {start('gvm')} when it is shown τ of its texts, {start('gvm_no_tau_shown')} when shown none. "
+        f"And a frozen value model {lost} of what it knows of a policy that moves: with DVPO's values at a KL of {kl} the correlation is {at(-1, 'gvm')} with τ of its own, "
+        f"{at(-1, 'gvm_no_tau_shown')} with none."
     )  # fmt: skip
 
 
 def answer_ppo(found: Found) -> str:
     kl = lambda name: shown(found.numbers(name, "kl"), 1, bounds=False)
     gap = lambda level: at_kl(found, "dvpo", level) - at_kl(found, "ppo", level)
-    early = "; ".join(f"{x:g} nats, {word(gap(x))} PPO's ({shown(gap(x))})" for x in (1.0, 2.0, 3.0, 4.0))
+    reach = [x for x in (1.0, 2.0, 3.0, 4.0) if not np.isnan(gap(x)).any()]
+    early = "; ".join(f"{nats(x)}, {word(gap(x))} PPO's ({shown(gap(x))})" for x in reach) or "1 nat, not compared"
     steps, ill = steps_to(found, "dvpo"), broken(found, "dvpo")
-    others = [NAMES[name] for name in ON[2:] if name in found.runs and broken(found, name)]
+    asked = [name for name in ON[1:] if name in found.runs]  # not A*-PO and online DPO, which are of another file
+    others = [NAMES[name] for name in asked if broken(found, name)]
+    called = ", ".join(NAMES[name].replace(", `q` (paper)", " with `q`") for name in asked)
+    rest = f"so did {', '.join(others)}" if others else f"none of these did: {called}"
+    saved = steps - steps_to(found, "ppo")
+    fewer = "That it saves steps is not seen."
+    if not np.isnan(saved).any() and word(saved) == "below":
+        fewer = f"It saves steps (difference to that share {shown(saved, 0)})."
     trouble = ""
     if ill:
         at = [found.seeds.index(int(seed)) for seed in ill]
@@ -562,13 +655,13 @@ def answer_ppo(found: Found) -> str:
         last = ", ".join(f"{x:.2f}" for x in curve(found, "dvpo")[at, -10:].mean(1))
         trouble = (
             f" **On seed {', '.join(ill)} it broke down on the way**: a ten-step mean of gold as low as {low:.2f}, of KL as high as {peak:.0f}, and "
-            f"{last} over the last ten steps ({', '.join(f'{x:.2f}' for x in end)} of the final policy); {'so did ' + ', '.join(others) if others else 'no other method did'}."
+            f"{last} over the last ten steps ({', '.join(f'{x:.2f}' for x in end)} of the final policy); {rest}."
         ).replace("-", "−").replace("ten−step", "ten-step")  # fmt: skip
     return (
         f"**Answer.** DVPO's gold reward is {against(found, 'dvpo', 'ppo', *GOLD)}, at a KL of {kl('dvpo')} against {kl('ppo')}; where "
         f"rollouts first come to a KL of {early}. It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
         f"{len(steps)} seeds.{trouble} The paper's own advantage, `q`, is {against(found, 'dvpo_q', 'ppo', *GOLD)}. What DVPO saves is the critic and "
-        "its update ([docs/ppo_to_dvpo.md](docs/ppo_to_dvpo.md)); a frozen GVM stands where the reward model was. It does not save steps."
+        f"its update ([docs/ppo_to_dvpo.md](docs/ppo_to_dvpo.md)); a frozen GVM stands where the reward model was. {fewer}"
     )  # fmt: skip
 
 
@@ -607,22 +700,24 @@ def answer_tau(found: Found) -> str:
 
 
 def answer_2(found: Found) -> str:
-    names = {
-        "gvm_no_tau": "ours",
-        "gvm_all_tokens": "Monte-Carlo without the outcome's share",
-        "gvm_td_95": "TD(0.95)",
-        "gvm_td_0": "TD(0)",
-        "gvm_eq_2": "eq. 2 inside the loss",
-    }
-    policies = dict(zip(names, ("dvpo_no_tau", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0", "dvpo_eq_2"), strict=True))
-    there = [name for name in names if name in found.runs and policies[name] in found.runs]
-    if len(there) < len(names):
+    wanted = [*TARGETS, *(policy for _, *two in TARGETS.values() for policy in two if policy)]
+    if any(len(found.runs.get(name, {})) < len(found.seeds) for name in wanted):
         return NOT_YET
-    fit = lambda name: shown(found.numbers(name, "no_tau", "all", "correlation"), bounds=False)
-    rest = "; ".join(f"{names[name]} {fit(name)} and {gold(found, policies[name])}" for name in there)
-    return (
-        f"**Answer.** Correlation with the exact values, and gold reward of the policy that DVPO makes of it: {rest}."
-    )
+    of = lambda name: found.numbers(name, "no_tau", "all", "correlation")
+    said = []
+    for name, (text, *policies) in TARGETS.items():
+        made = []
+        for policy, ours, form in zip(policies, TARGETS["gvm_no_tau"][1:], ("gae", "q"), strict=True):
+            if policy:
+                gap = (
+                    ""
+                    if policy == ours
+                    else f", difference to ours {shown(found.numbers(policy, *GOLD) - found.numbers(ours, *GOLD))}"
+                )
+                made.append(f"with `{form}` gold {gold(found, policy)}{fell(found, policy)}{gap}")
+        gap = "" if name == "gvm_no_tau" else f" (difference to ours {shown(of(name) - of('gvm_no_tau'))})"
+        said.append(f"{text}: {shown(of(name), bounds=False)}{gap}; {'; '.join(made)}.")
+    return f"**Answer.** Correlation with the exact values over all tokens, and what DVPO makes of it. {' '.join(said)}"
 
 
 def answer_breakdown(found: Found) -> str:
@@ -639,11 +734,14 @@ def answer_breakdown(found: Found) -> str:
     worst = lambda name: f"{lowest(found, name).min():.2f}".replace("-", "−")
     rest = ", ".join(f"with {text} on {seeds(name)} ({worst(name)})" for name, text in names.items())
     other = ("dvpo_q_minus_v", "dvpo_q_start")
-    others = (
-        f" `gae` with λ = 0 breaks down on {seeds(other[0])}, `q` less V(s_1) on {seeds(other[1])}: there the answers end, but most are malformed."
-        if found.runs.keys() >= set(other)
-        else ""
+    ill = [name for name in other if name in found.runs and broken(found, name)]
+    bad = lambda name: f"{100 * np.nanmax(found.numbers(name, 'malformed')):.0f} %"
+    others = "".join(
+        f" {NAMES[name]} breaks down on {seeds(name)}: of a final policy's answers up to {bad(name)} are malformed."
+        for name in ill
     )
+    if not any(broken(found, name) for name in ("dvpo", *names)):
+        return f"None of these runs broke down: DVPO on {seeds('dvpo')} (the lowest ten-step mean of gold: {worst('dvpo')}), {rest}.{others}"
     return (
         "What breaks down is the end of the answers: a policy finds that it need not end them and goes on behind the full stop until it is cut. That is malformed and costs "
         "all gold, but the frozen GVM has never read such a text, its value at the cut stays above the mean, and stands as the terminal one. It befell DVPO on "
@@ -676,8 +774,10 @@ def answer_advantages(found: Found) -> str:
 def answer_gradient(found: Found) -> str:
     at = lambda name, key, digits: shown(found.probed("gradient", name, key), digits, bounds=False)
     both = lambda name: f"{at(name, 'cosine', 2)} and {at(name, 'noise', 1)}"
+    of = lambda key: [np.nanmean(found.probed("gradient", name, key)) for name in FORMS]
+    ends = f"of all forms the cosine is {min(of('cosine')):.2f} at least, the noise over signal {min(of('noise')):.1f} to {max(of('noise')):.1f}"
     return (
-        f"**Answer.** The forms differ in noise more than in direction (cosine, and noise over signal of a batch of 32). With exact values: Q − V 1 by definition and "
+        f"**Answer.** Cosine with the gradient of exact Q − V, and noise over signal of a batch of 32: {ends}. With exact values: Q − V 1 by definition and "
         f"{at('exact_q_minus_v', 'noise', 1)}, `gae` {both('exact_gae')}, the paper's `q` {both('exact_q')}. With the GVM's: Q − V {both('gvm_q_minus_v')}, `gae` {both('gvm_gae')}, `q` {both('gvm_q')}. "
         f"A whole response weighted by the reward model's score has {both('reward_rm')}, by the gold reward itself {both('reward_gold')}."
     )  # fmt: skip
@@ -688,9 +788,9 @@ def answer_off(found: Found) -> str:
     best = max(others, key=lambda name: np.nanmean(others[name]))
     rates = {name: np.nanmean(found.numbers(name, "misaligned")) for name in OFF if name in found.runs}
     least = min(rates, key=rates.get)
-    level = [found.numbers("vcb", "kl").mean(), found.numbers(best, "kl").mean()]
+    level = [np.nanmean(found.numbers(name, "kl")) for name in ("vcb", best)]
     return (
-        f"**Answer.** Of the off-policy methods VCB's gold reward is {against(found, 'vcb', best, *GOLD)}, the next best; their KLs are {level[0]:.1f} and {level[1]:.1f}. The lowest "
+        f"**Answer.** Of the off-policy methods VCB's gold reward is {against(found, 'vcb', best, *GOLD)}, the best of the others; their KLs are {level[0]:.1f} and {level[1]:.1f}. The lowest "
         f"misalignment among them is {NAMES[least]}'s, {100 * rates[least]:.1f} % (VCB {100 * rates['vcb']:.1f} %).{off_at_matched_kl(found)}"
     )  # fmt: skip
 
@@ -702,8 +802,14 @@ def off_at_matched_kl(found: Found) -> str:
     for kl in levels(found, CALIBRATED):
         gap = lambda name, kl=kl: matched(found, "vcb", kl, *GOLD) - matched(found, name, kl, *GOLD)
         each = (f"{word(gap(name))} {NAMES[name]}'s ({shown(gap(name))})" for name in CALIBRATED[1:])
-        said.append(f"at {kl:g} nats {' and '.join(each)}")
-    return f" Final policies at equal KL, between several γ: VCB's gold reward is {'; '.join(said)}."
+        said.append(f"at {nats(kl)} {' and '.join(each)}")
+    own = lambda name: matched(found, "vcb", found.numbers(name, "kl"), *GOLD) - found.numbers(name, *GOLD)
+    rest = (
+        f"at {NAMES[name]}'s own KL {word(gap)} {NAMES[name]}'s ({shown(gap)})"
+        for name in OFF
+        if name not in CALIBRATED and name in found.runs and not np.isnan(gap := own(name)).any()
+    )
+    return f" Final policies at equal KL, between several γ: VCB's gold reward is {'; '.join([*said, *rest])}."
 
 
 def answer_vcb(found: Found) -> str:
@@ -724,32 +830,32 @@ def answer_vcb(found: Found) -> str:
 
 
 def answer_over(found: Found) -> str:
-    seen = []
+    seen, total = [], 0
     for name in (name for name in (*ON, *OFF) if name in found.runs):
         for seed in found.seeds:
-            row = found.runs[name][str(seed)]
-            if not row["points"]:
+            row = found.runs[name].get(str(seed), {})
+            if not row.get("points"):
                 continue
-            best = max(row["points"], key=lambda point: point["gold"])
-            if best["gold_ci95"][0] > row["gold"]["ci95"][1] and row["proxy"]["mean"] > best["proxy"]:
+            total += 1
+            fallen = lambda point, row=row: (
+                point["gold_ci95"][0] > row["gold"]["ci95"][1] and row["proxy"]["mean"] > point["proxy"]
+            )
+            if any(map(fallen, row["points"])):
                 seen.append(f"{NAMES[name]} on seed {seed}")
-    total = sum(len(found.runs[name]) for name in (*ON, *OFF) if name in found.runs)
     drawn = [found.runs["sft"][str(seed)]["best_of_n"] for seed in found.seeds]
     best = np.mean([[(row["kl"], row["gold"]) for row in some] for some in drawn], 0)
-    kl = {name: np.mean(found.numbers(name, "kl")) for name in OFF if name in found.runs}
-    within = {
-        name: at - np.interp(x, *best.T)
-        for name, x in kl.items()
-        if x <= best[-1, 0]
-        for at in [np.mean(found.numbers(name, *GOLD))]
-    }
-    below = "; ".join(
-        f"{NAMES[name]} is {abs(gap):.2f} {'below' if gap < 0 else 'above'} best of n" for name, gap in within.items()
+    line = lambda kl, some: np.interp(
+        kl, *zip(*((row["kl"], row["gold"]) for row in some), strict=True), right=math.nan
     )
+    ruler = lambda name: np.array([line(kl, some) for kl, some in zip(found.numbers(name, "kl"), drawn, strict=True)])
+    gaps = {name: found.numbers(name, *GOLD) - ruler(name) for name in OFF if name in found.runs}
+    within = {name: gap for name, gap in gaps.items() if not np.isnan(gap).any()}
+    below = "; ".join(f"{NAMES[name]} is {word(gap)} best of n ({shown(gap)})" for name, gap in within.items())
+    below = f"; at their own KL, where that is no greater, {below}" if below else ""
     return (
         f"**Answer.** Within a run, a final gold reward below an earlier one while the proxy is above, gold beyond its noise, is seen in {len(seen)} of {total} "
         f"runs{' (' + ', '.join(seen) + ')' if seen else ''}. Best of {2 ** (len(best) - 1)} of the SFT policy has gold reward {best[-1, 1]:.2f} at a KL of "
-        f"{best[-1, 0]:.1f} at most; at their own KL, where that is no greater, {below}.{over_by_coefficient(found)}"
+        f"{best[-1, 0]:.1f} at most{below}.{over_by_coefficient(found)}"
     )  # fmt: skip
 
 
@@ -758,11 +864,14 @@ def over_by_coefficient(found: Found) -> str:
     out = []
     for name in ("dvpo", "ppo", *CALIBRATED):
         runs = family(found, name)
-        if len(runs) < 2:
+        if not runs or runs[0] == name or np.isnan(found.numbers(runs[0], "kl")).any():
             continue
         gap = lambda *path, least=runs[0], name=name: found.numbers(least, *path) - found.numbers(name, *path)
         kl = shown(found.numbers(runs[0], "kl"), 1, bounds=False)
-        out.append(f"{said(runs[0], True)} (KL {kl}): gold {shown(gap(*GOLD))}, proxy {shown(gap('proxy', 'mean'))}")
+        ill = fell(found, runs[0]) if name in ON else ""  # what breaks down has not over-optimised a proxy
+        out.append(
+            f"{said(runs[0], True)} (KL {kl}){ill}: gold {shown(gap(*GOLD))}, proxy {shown(gap('proxy', 'mean'))}"
+        )
     return f" Of the smallest coefficients, less the method's own: {'; '.join(out)}." if out else ""
 
 
@@ -784,11 +893,15 @@ def answer_implicit(found: Found) -> str:
 
 
 def answer_teachers(found: Found) -> str:
-    at = lambda name: shown(found.probed("teachers", "correlation", name, "all"), bounds=False)
+    of = lambda name: found.probed("teachers", "correlation", name, "all")
+    at = lambda name: shown(of(name), bounds=False)
+    most = allowed(found, "all")
+    sampling = np.nanmean(most - of("gold_1")) > np.nanmean(of("gold_1") - of("rm_1"))
     return (
-        f"**Answer.** They do not tell the same at equal cost. One forward pass of the GVM without τ knows {at('gvm_no_tau_shown')} of the SFT policy's values "
-        f"(correlation; {at('gvm')} with τ); the reward model needs continuations: {at('rm_1')} with one, {at('rm_4')} with four, {at('rm_8')} with eight. One "
-        f"continuation under the gold reward itself tells {at('gold_1')}: sampling, not the teacher, is the larger error."
+        f"**Answer.** One forward pass of the GVM with no τ shown correlates {at('gvm_no_tau_shown')} with the SFT policy's values ({at('gvm')} with τ; {shown(most, bounds=False)} is the "
+        f"most that the truth's noise allows), {word(of('gvm_no_tau_shown') - of('rm_1'))} what the reward model tells by one continuation, {at('rm_1')}; "
+        f"by four it is {at('rm_4')}, by eight {at('rm_8')}. One under the gold reward itself tells {at('gold_1')}: "
+        f"{'sampling, not the teacher,' if sampling else 'the teacher, not sampling,'} is the larger error."
     )  # fmt: skip
 
 
@@ -799,7 +912,8 @@ def answer_baselines(found: Found) -> str:
         return f"**Answer.** Gold reward at equal rollouts: {rest}."
     kl = lambda name: shown(found.numbers(name, "kl"), 1, bounds=False)
     gap = lambda level: at_kl(found, "grpo", level) - at_kl(found, "ppo", level)
-    early = "; ".join(f"{x:g} nats, {word(gap(x))} PPO's ({shown(gap(x))})" for x in (1.0, 2.0, 3.0))
+    reach = [x for x in (1.0, 2.0, 3.0) if not np.isnan(gap(x)).any()]
+    early = "; ".join(f"{nats(x)}, {word(gap(x))} PPO's ({shown(gap(x))})" for x in reach) or "1 nat, not compared"
     return (
         f"**Answer.** Gold reward at equal rollouts: {rest}. But GRPO ends at a KL of {kl('grpo')}, PPO at {kl('ppo')}; where rollouts first come to a KL of {early}."
     )  # fmt: skip
@@ -811,15 +925,19 @@ def claim_questions(found: Found) -> str:
     seeds = len(broken(found, "dvpo"))
     broke = f", and on {seeds} of {len(found.seeds)} seeds it broke down on the way" if seeds else ""
     names = ("dvpo_no_tau_shown", "dvpo_no_tau", "dvpo_other_tau")
-    worse = [interval(found.numbers(name, *GOLD) - found.numbers("dvpo", *GOLD))[2] < 0 for name in names]
-    policy = "some" if any(worse) else "no"
+    worse = [
+        interval(found.numbers(name, *GOLD) - found.numbers("dvpo", *GOLD))[2] < 0
+        for name in names
+        if name in found.runs
+    ]
+    policy = f"{'some' if any(worse) else 'no'} gain from τ is seen" if worse else "what τ gives is not measured yet"
     first = lambda name, which: shown(found.numbers(name, which, "first3", "correlation"), bounds=False)
     all_ = lambda name, which: shown(found.numbers(name, which, "all", "correlation"), bounds=False)
     return (
         f"Does DVPO beat PPO? In the toy world its gold reward is {word(gap('dvpo'))} PPO's (difference {shown(gap('dvpo'))}){broke}; with the paper's `q` it is "
         f"{word(gap('dvpo_q'))} PPO's. Is τ worth it? Token values correlate {first('gvm', 'right_tau')} with the exact ones over a response's "
         f"first three tokens, {first('gvm_no_tau', 'no_tau')} where a GVM was trained without; over all tokens {all_('gvm', 'right_tau')} against {all_('gvm_no_tau', 'no_tau')}. In the policy "
-        f"trained on these values {policy} gain from τ is seen."
+        f"trained on these values {policy}."
     )  # fmt: skip
 
 
@@ -831,7 +949,7 @@ def claim_curve(found: Found) -> str:
         below = np.flatnonzero(gold[10:] < 0) + 11  # the first steps are near the SFT policy, which is below 0
         last = f", the last of them step {below[-1]}" if len(below) else ""
         said.append(
-            f"The fall is seed {seed}, on which DVPO broke down: the gold reward of its rollouts is below 0 at {len(below)} of {len(gold)} steps{last}."
+            f"The fall is seed {seed}, on which DVPO broke down: after step 10 the gold reward of its rollouts is below 0 at {len(below)} of {len(gold) - 10} steps{last}."
         )
     return " ".join(said)
 
@@ -848,11 +966,14 @@ def claim_tokens(found: Found) -> str:
     return f"Steps of Q at the word where two part, and in brackets those of the exact values: {'; '.join(each)}."
 
 
-def claims(found: Found) -> str:
-    """The findings in short, at the head of EXPERIMENTS.md."""
-    answers = (answer_values(found), answer_moved(found), answer_tau(found), answer_ppo(found), answer_gradient(found), answer_off(found),
-               answer_over(found), answer_teachers(found), answer_baselines(found))  # fmt: skip
-    return "\n".join(f"- {text.removeprefix('**Answer.** ')}" for text in answers)
+def claims(found: Found, real: dict) -> str:
+    """The findings in short, at the head of EXPERIMENTS.md, each with the number of its question."""
+    answers = {
+        "1": (answer_values, answer_moved, answer_tau), "2": (answer_2,), "3": (answer_ppo,), "4": (answer_gradient,), "5": (answer_off,),
+        "6": (answer_over,), "7": (answer_implicit,), "8": (answer_teachers,), "9": (answer_baselines,),
+    }  # fmt: skip
+    said = [(number, answer(found)) for number, some in answers.items() for answer in some] + [*real.items()]
+    return "\n".join(f"- **{number}.** {text.removeprefix('**Answer.** ')}" for number, text in said if text != NOT_YET)
 
 
 def _dig(row, path):
@@ -864,13 +985,23 @@ def _dig(row, path):
 ON = ("dvpo", "dvpo_q", "ppo", "remax", "rloo", "grpo", "reinforce++")
 OFF = ("vcb", "dpo", "ipo", "slic", "rrhf", "rest")
 CALIBRATED = ("vcb", "dpo", "ipo")  # those that gamma moves along KL
+BETAS = (
+    "dvpo_beta_0.02",
+    "dvpo_beta_0.05",
+    "dvpo",
+    "dvpo_beta_0.2",
+    "ppo_beta_0.02",
+    "ppo",
+    "ppo_beta_0.1",
+    "ppo_beta_0.2",
+)
 FULL = ("gold reward", "proxy (RM)", "KL to SFT", "malformed", "misaligned", "misaligned (gold)", "tokens", "EAD")
 
 
 def later(toy: Found, report: dict | None) -> str:
     """A*-PO and online DPO: of a file of their own, made at another commit, until all runs are made anew."""
     names, note = ("astar", "astar_once", "online_dpo"), ""
-    of = toy if set(names) <= toy.runs.keys() or report is None else Found(report)
+    of = toy if set(names) <= toy.runs.keys() or report is None else Found(report | {"seeds": toy.seeds})
     if not set(names) <= of.runs.keys():
         return NOT_YET
     own = {name: of.numbers(name, *GOLD) for name in names}
@@ -907,6 +1038,8 @@ def tables() -> dict[str, callable]:
     if "policies" in there:
         made["real_policies"] = lambda: real_policies(load("policies"))
         made["answer_real_policies"] = lambda: answer_real_policies(load("policies"))
+    of_real = {"sentiment": ("A real model", answer_sentiment), "policies": ("Real policies", answer_real_policies)}
+    real = {title: answer(load(name)) for name, (title, answer) in of_real.items() if name in there}
     if "toy" in there:
         toy = Found(load("toy"))
         made |= {
@@ -916,10 +1049,10 @@ def tables() -> dict[str, callable]:
             "pairs": lambda: pairs_shown(toy),
             "tau_policy": lambda: policies(toy, ("dvpo", "dvpo_no_tau_shown", "dvpo_no_tau", "dvpo_other_tau"), against="dvpo"),
             "readings": lambda: readings(toy, ("sft", "dvpo", "ppo", "grpo")),
-            "targets": lambda: NOT_YET if "gvm_td_0" not in toy.runs else values(
-                toy, [("gvm_no_tau", "outcome share 0.5"), ("gvm_all_tokens", "no outcome share"), ("gvm_td_95", "TD(0.95)"), ("gvm_td_0", "TD(0)"), ("gvm_eq_2", "eq. 2")]
-            ),
-            "targets_policy": lambda: policies(toy, ("dvpo_no_tau", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0", "dvpo_eq_2"), against="dvpo_no_tau"),
+            "targets": lambda: targets(toy),
+            "targets_policy": lambda: policies(toy, [gae for _, gae, _ in TARGETS.values() if gae], against="dvpo_no_tau")
+            .replace(NAMES["dvpo_no_tau"], "outcome share 0.5"),  # here none has τ
+            "targets_q": lambda: policies(toy, [q for *_, q in TARGETS.values() if q], against="dvpo_q_no_tau"),
             "ladder": lambda: policies(toy, ("dvpo_exact_q", "ppo_gold", "dvpo", "dvpo_eos_penalty", "dvpo_no_tau", "ppo", "ppo_rm_2_epochs"), against="ppo"),
             "equal_kl": lambda: equal_kl(toy, ON),
             "plateau": lambda: plateau(toy, (*ON, "dvpo_eos_penalty", "dvpo_no_tau", "dvpo_exact_q")),
@@ -929,10 +1062,10 @@ def tables() -> dict[str, callable]:
             "gammas": lambda: policies(toy, [run for name in CALIBRATED for run in family(toy, name)], FULL, full=True),
             "matched": lambda: at_matched_kl(toy, CALIBRATED),
             "matched_all": lambda: all_at_matched_kl(toy, CALIBRATED),
-            "off_equal_kl": lambda: equal_kl(toy, OFF, (0.5, 1.0, 1.5, 2.0)),
+            "their_kl": lambda: at_their_kl(toy, [name for name in OFF if name not in CALIBRATED], CALIBRATED),
             "vcb": lambda: policies(toy, ("vcb", "vcb_n_2", "vcb_n_4", "vcb_n_8", "vcb_full", "vcb_mean"), FULL, against="vcb"),
             "later": lambda: later(toy, load("later") if "later" in there else None),
-            "betas": lambda: policies(toy, [run for name in ("dvpo", "ppo") for run in family(toy, name)], ("gold reward", "proxy (RM)", "KL to SFT", "malformed"), full=True),
+            "betas": lambda: policies(toy, BETAS, ("gold reward", "proxy (RM)", "KL to SFT", "malformed"), full=True),
             "matched_betas": lambda: at_matched_kl(toy, ("dvpo", "ppo")),
             "noise": lambda: policies(toy, ("vcb", "vcb_noise_1", "dpo", "dpo_noise_1", "rest", "rest_noise_1"), FULL),
             "length": lambda: policies(toy, ("sft", "dpo", "dpo_length_penalty"), ("gold reward", "tokens", "KL to SFT"), against="dpo"),
@@ -947,7 +1080,7 @@ def tables() -> dict[str, callable]:
                 "answer_3": lambda: f"{answer_ppo(toy)}\n\n{answer_breakdown(toy)}\n\n{answer_ladder(toy)}",
                 "answer_4": lambda: f"{answer_gradient(toy)}\n\n{answer_advantages(toy)}", "answer_5": lambda: f"{answer_off(toy)}\n\n{answer_vcb(toy)}", "answer_6": lambda: answer_over(toy),
                 "answer_7": lambda: answer_implicit(toy), "answer_8": lambda: answer_teachers(toy),
-                "answer_9": lambda: answer_baselines(toy), "claims": lambda: claims(toy), "claim_questions": lambda: claim_questions(toy), "claim_tokens": lambda: claim_tokens(toy), "claim_curve": lambda: claim_curve(toy),
+                "answer_9": lambda: answer_baselines(toy), "claims": lambda: claims(toy, real), "claim_questions": lambda: claim_questions(toy) + (claim_real_policies(load("policies")) if "policies" in there else ""), "claim_tokens": lambda: claim_tokens(toy), "claim_curve": lambda: claim_curve(toy),
                 "gradients": lambda: gradients(toy), "teachers": lambda: teachers(toy), "moved": lambda: moved(toy),
                 "implicit": lambda: implicit(toy),
             }  # fmt: skip

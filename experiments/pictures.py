@@ -217,7 +217,8 @@ GROUPS = {
         "reward is exact, or learned": ("ppo_gold", "ppo", "ppo_rm_2_epochs"),
         "what τ is shown to DVPO's GVM": ("dvpo", "dvpo_no_tau_shown", "dvpo_other_tau"),
         "advantages from the same Q": ("dvpo", "dvpo_lam_1", "dvpo_q_minus_v", "dvpo_q", "dvpo_q_position", "dvpo_q_start", "dvpo_released"),
-        "targets of the GVM, no τ": ("dvpo_no_tau", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0", "dvpo_eq_2"),
+        "targets of the GVM, no τ": ("dvpo_no_tau", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0"),
+        "and with `q`": ("dvpo_q_no_tau", "dvpo_q_eq_2", "dvpo_q_paper"),
     },
     "off_policy": {
         "VCB paper's methods": OFF,

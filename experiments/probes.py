@@ -9,6 +9,7 @@ moved      the same of DVPO's snapshots: does the frozen GVM still know a policy
 gradient   at the SFT policy, for each advantage: noise over signal of a batch's gradient, and the cosine of its mean with
            that of the exact values
 tokens     words of a few responses with their Q and their exact values
+targets    of the value models of question 2: the line of exact values on theirs, and correlation at the last token
 implicit   DPO's implicit reward, log pi - log pi_ref (and VCB's, IPO's), against gold, the reward model and length, on
            texts of the SFT policy
 """
@@ -34,6 +35,7 @@ TEXTS = 96  # of a policy, each with three places to go on from
 CONTINUED = 16  # continuations from a place; half for the truth, half for what a reward model makes of them
 DRAWN = 256  # texts that a snapshot's KL is measured on
 BATCH, BATCHES = 32, 32  # responses in a gradient, gradients
+TARGETS = ("gvm_no_tau", "gvm_all_tokens", "gvm_td_95", "gvm_td_0", "gvm_eq_2", "gvm_paper")
 
 
 def correlation(x, y) -> float | None:
@@ -104,14 +106,17 @@ def continued(bench, policy, seed: int, reader=None) -> dict:
         said_of |= {f"rm_{k}": scores[:, :k].mean(1) for k in (1, 4, half)}
         said_of |= {"gold_1": gold[:, half]}  # what one continuation tells when its reward is exact
     first = np.array([t == 1 for _, t in places])
-    # V at a place is at best known but for the truth's own noise, whose share of the truth's variance is told beside it
-    spread = float(truth.var(ddof=1))
-    noise = float(gold[:, :half].var(1, ddof=1).mean()) / half / spread if spread else None
-    found = {
-        name: {"all": correlation(x, truth), "first": correlation(x[first], truth[first]), "later": correlation(x[~first], truth[~first])}
-        for name, x in said_of.items()
-    }  # fmt: skip
+    spans = {"all": first | ~first, "first": first, "later": ~first}
+    found = {name: {span: correlation(x[at], truth[at]) for span, at in spans.items()} for name, x in said_of.items()}
+    noise = {span: noise_share(gold[at, :half]) for span, at in spans.items()}
     return {"correlation": found, "noise": noise, "gold": float(gold.mean()), "places": len(places)}
+
+
+def noise_share(draws) -> float | None:
+    """Of the variance of the means of draws (places, k): what the draws' own noise makes of it. Values known exactly would
+    correlate sqrt(1 - share) with these means."""
+    spread = float(draws.mean(1).var(ddof=1))
+    return float(draws.var(1, ddof=1).mean()) / draws.shape[1] / spread if spread else None
 
 
 def moved(bench) -> list[dict]:
@@ -144,6 +149,21 @@ def positions(bench) -> dict:
     at = lambda values, t: np.array([x[t] for x in values if len(x) > t])
     found = {name: [float(np.mean((at(x, t) - at(exact, t)) ** 2)) for t in range(width)] for name, x in said.items()}
     return found | {"variance": [float(at(exact, t).var()) for t in range(width)]}
+
+
+def targets(bench, known: dict) -> dict:
+    """GVM -> slope and offset of the line of exact values on its own (1 and 0: calibrated), over all tokens of the training
+    policies' texts, and the correlation at the last."""
+    texts = demo.value_texts(toy.TRAIN_POLICIES, bench.seed)
+    exact = [toy.exact_values(row[0], row[1], row[2].split() + [toy.EOS])[1:] for row in texts]
+    found = dict(known)
+    for name in TARGETS:
+        if name not in found and (bench.folder / name / "final").is_dir():
+            values = bench.values(bench.folder / name, [(row[1], row[2], []) for row in texts])
+            slope, offset = np.polyfit(np.concatenate(values), np.concatenate(exact), 1)
+            last = correlation(*(np.array([x[-1] for x in some]) for some in (values, exact)))
+            found[name] = {"slope": float(slope), "offset": float(offset), "last": last}
+    return found
 
 
 def tokens(bench) -> list[dict]:
@@ -258,13 +278,14 @@ def implicit(bench) -> dict:
 def main():
     folder = Path(sys.argv[1])
     kept = folder / "probes.json"
-    if kept.is_file():
-        return
+    found = json.loads(kept.read_text()) if kept.is_file() else {}
     bench = measure.Bench(folder, json.loads((folder / "sft" / "args.json").read_text())["seed"])
-    found = {
-        "teachers": continued(bench, bench.reference, 1, bench.rewards["proxy"]), "moved": moved(bench),
-        "gradient": gradient(bench), "implicit": implicit(bench), "positions": positions(bench), "tokens": tokens(bench),
+    asked = {
+        "teachers": lambda: continued(bench, bench.reference, 1, bench.rewards["proxy"]), "moved": lambda: moved(bench),
+        "gradient": lambda: gradient(bench), "implicit": lambda: implicit(bench), "positions": lambda: positions(bench), "tokens": lambda: tokens(bench),
     }  # fmt: skip
+    found |= {name: probe() for name, probe in asked.items() if name not in found}
+    found["targets"] = targets(bench, found.get("targets", {}))  # of models that may come later
     kept.write_text(json.dumps(measure.rounded(found)) + "\n")
 
 

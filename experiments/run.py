@@ -60,7 +60,11 @@ def teachers() -> dict[str, Run]:
         "gvm_all_tokens": value("--tau_pairs 0 --outcome_share 0", 350),
         "gvm_td_0": value("--tau_pairs 0 --outcome_share 0 --td_lambda 0", 350),
         "gvm_td_95": value("--tau_pairs 0 --outcome_share 0 --td_lambda 0.95", 350),
+        # eq. 2 leaves scale and offset of Q open: for `q` only; with eq. 1 it is the paper's own
         "gvm_eq_2": value("--tau_pairs 0 --outcome_share 0 --value_norm batch --micro_tokens 16384", 350),
+        "gvm_paper": value(
+            "--tau_pairs 0 --outcome_share 0 --td_lambda 0 --value_norm batch --micro_tokens 16384", 350
+        ),
     }
 
 
@@ -225,8 +229,11 @@ def runs() -> dict[str, Run]:
         "dvpo_all_tokens": dvpo("--gvm {gvm_all_tokens}"),
         "dvpo_td_95": dvpo("--gvm {gvm_td_95}"),
         "dvpo_td_0": dvpo("--gvm {gvm_td_0}"),
-        "dvpo_eq_2": dvpo("--gvm {gvm_eq_2}"),
     }
+    for gvm in ("no_tau", "eq_2", "paper"):
+        found[f"dvpo_q_{gvm}"] = Run(
+            "dvpo", f"--policy {{sft}} --gvm {{gvm_{gvm}}} --advantage q {settings('dvpo_q')}", 130
+        )
     # question 9: two more, each with six settings on seed 0, chosen as the others' (experiments/later.json)
     drawn = "--policy {sft} --reward_model {rm} --snapshot_every 20"
     astar = f"{drawn} --data {{sample}} --baseline astar --kl_coef 0.1 --learning_rate 2e-4"

@@ -87,15 +87,36 @@ def test_intervals_are_students():
     assert low == pytest.approx(2 * mean - high) and page.shown(np.array([-1.0, -1.0])) == "−1.00 [−1.00, −1.00]"
 
 
-def test_gold_at_a_kl_lies_between_the_snapshots_and_never_beyond_the_last():
-    point = lambda kl, gold: {"kl": kl, "gold": gold}
-    row = {"points": [point(1.0, 0.5)], "kl": 3.0, "gold": {"mean": 1.5}}
-    report = {"seeds": [0], "code": "", "runs": {"sft": {"0": {"gold": {"mean": 0.0}}}, "dvpo": {"0": row}}}
-    found = page.Found(report)
-    assert page.at_kl(found, "dvpo", 0.5) == pytest.approx([0.25]) and page.at_kl(found, "dvpo", 2.0) == pytest.approx(
-        [1.0]
-    )
-    assert np.isnan(page.at_kl(found, "dvpo", 3.5)).all()
+def test_gold_at_a_kl_is_that_of_the_first_passage():
+    step = lambda kl, gold: {"kl": kl, "gold": gold}
+    row = {"curve": [step(1.0, 0.5), step(3.0, 1.5), step(2.0, 9.0)]}
+    found = page.Found({"seeds": [0], "code": "", "runs": {"sft": {"0": {"gold": {"mean": 0.0}}}, "dvpo": {"0": row}}})
+    at = lambda kl, **more: page.at_kl(found, "dvpo", kl, **more)
+    assert at(0.5, window=1) == pytest.approx([0.25]) and at(2.0, window=1) == pytest.approx([1.0])
+    assert np.isnan(at(3.5, window=1)).all()
+    assert at(2.0, window=3) == pytest.approx([11 / 3])  # the mean of three steps is the only point beside the start
+
+
+def test_a_mean_over_some_seeds_says_so_and_one_seed_decides_nothing():
+    assert page.shown(np.array([1.0, np.nan, 3.0]), bounds=False) == "2.00 (2 of 3 seeds)"
+    assert page.word(np.array([1.0, 1.1, 0.9])) == "above" and page.word(np.array([-1.0, -1.1, -0.9])) == "below"
+    assert page.word(np.array([1.0, -1.0])) == "not distinguishable from"
+    assert page.word(np.array([1.0])) == page.word(np.array([np.nan, np.nan])) == "on too few seeds to be compared with"
+
+
+def test_no_final_policy_lies_on_a_line_to_one_that_broke_down():
+    row = lambda kl, gold: {"kl": kl, "gold": {"mean": gold}}
+    runs = {
+        "dvpo": {"0": row(4.0, 1.0), "1": row(4.0, 1.0)},
+        "dvpo_beta_0.05": {"0": row(6.0, 1.2), "1": row(5.0, 1.1)},
+        "dvpo_beta_0.02": {"0": row(30.0, -1.5), "1": row(8.0, 1.2)},
+        "rest": {"0": row(5.0, 1.0), "1": row(4.5, 1.0)},
+    }
+    found = page.Found({"seeds": [0, 1], "code": "", "runs": runs})
+    at = lambda kl: page.matched(found, "dvpo", kl, *page.GOLD)
+    assert at(5.0) == pytest.approx([1.1, 1.1]) and at(np.array([6.0, 4.0])) == pytest.approx([1.2, 1.0])
+    assert np.isnan(at(7.0)).tolist() == [True, False] and np.isnan(at(6.4)).tolist() == [False, False]
+    assert "| 1.00 [1.00, 1.00] | 0.08" in page.at_their_kl(found, ["rest"], ["dvpo"])
 
 
 def test_final_policies_are_compared_at_equal_kl_and_only_where_all_seeds_reach_it():
@@ -178,6 +199,7 @@ def test_from_runs_to_tables(small, monkeypatch, tmp_path):
         "dvpo_exact_q",
         "dvpo_other_tau",
         "dvpo_released",
+        "gvm_all_tokens",
     ]
     wanted = run.runs()
     for seed in (10, 11):
@@ -206,6 +228,7 @@ def test_from_runs_to_tables(small, monkeypatch, tmp_path):
         "gradients",
         "teachers",
         "moved",
+        "targets",
         "implicit",
         "methods",
         "ladder",
@@ -251,6 +274,36 @@ def test_noise_has_no_part_in_the_cosine_of_two_gradients():
     assert told["same"]["noise"] == pytest.approx(16 * width / (one @ one), rel=0.02)
     biased = float(sums["same"] @ sums[probes.BEST] / sums["same"].norm() / sums[probes.BEST].norm())
     assert biased < 0.7  # what lengths with the noise in them would say
+
+
+def test_means_of_noisy_draws_correlate_with_the_truth_as_much_as_their_noise_allows():
+    rng = np.random.default_rng(1)
+    truth = 0.3 * rng.normal(size=20000)
+    draws = truth[:, None] + rng.normal(size=(20000, 8))
+    allowed = np.sqrt(1 - probes.noise_share(draws))
+    assert allowed == pytest.approx(np.corrcoef(truth, draws.mean(1))[0, 1], abs=0.02)
+    assert allowed == pytest.approx((0.09 / (0.09 + 1 / 8)) ** 0.5, abs=0.02)
+    assert probes.noise_share(np.ones((3, 8))) is None
+
+
+def test_a_method_is_not_compared_with_itself_and_a_breakdown_is_named():
+    """The least coefficient beside the method's own: of each seed, and only where it is another."""
+    row = lambda kl, gold, curve: {
+        "kl": kl, "gold": {"mean": gold}, "proxy": {"mean": gold}, "curve": [{"gold": x, "kl": kl} for x in curve]
+    }  # fmt: skip
+    fine, ill = [1.0] * 40, [1.0] * 30 + [-1.5] * 10
+    both = lambda one: {"0": one, "1": one}
+    runs = {
+        "ppo": both(row(5.0, 1.0, fine)),
+        "ppo_beta_0.1": both(row(4.0, 0.9, fine)),
+        "dvpo": both(row(4.0, 1.0, fine)),
+    }
+    told = lambda: page.over_by_coefficient(page.Found({"seeds": [0, 1], "code": "", "runs": runs}))
+    assert told() == ""
+    runs["dvpo_beta_0.02"] = {"0": row(9.0, -1.5, ill), "1": row(6.0, 1.1, fine)}
+    assert "DVPO, `gae`, β 0.02 (KL 7.5) (breaks down on 1 of 2 seeds): gold −1.20" in told()
+    del runs["dvpo_beta_0.02"]["1"]
+    assert told() == ""
 
 
 def test_exact_q_are_the_worlds_own(small, monkeypatch, tmp_path):
