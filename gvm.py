@@ -9,8 +9,8 @@ token y_t, after the action; one more is read at the last prompt token, V(s_1).
     Q~ = (Q - mu) / (sigma + eps), mu and sigma over the batch's response tokens       eq. 2         `--value_norm batch`
 
 `--td_lambda 0` is eq. 1, 1 is Monte-Carlo (the default). In its mean over tokens the last one, the only one that has seen
-the whole answer, has weight 1/T; `--outcome_share` o gives the last tokens a share of the loss that does not depend on T.
-That is what reading finished text well takes: a reward model's loss is all outcome. V(s_1) has target
+the whole answer, has weight 1/T; `--outcome_share` o gives the last tokens a share of the loss that does not depend on T
+(a reward model's loss is all outcome); docs/gvm.md has what was measured of it. V(s_1) has target
 (1 - td_lambda) Q_1 + td_lambda G_1 and is left out of eq. 2 and of every accuracy. Scores are standardised over the
 training rows (mean and std go into the saved config); of a preference pair the chosen response scores +1, the rejected -1.
 

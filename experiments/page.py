@@ -57,7 +57,7 @@ YARDSTICKS = {
 MARK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 LOGGED = {"sft": ("sft",), "rm": ("rm",), "gvm": ("gvm",), "dvpo": ("dvpo", "dvpo_q"), "ppo": ("ppo",), "vcb": ("vcb",), "rest": ("rest",),
           "dpo": ("dpo", "ipo", "slic", "rrhf"), "reinforce": ("remax", "rloo", "grpo", "reinforce++")}  # fmt: skip
-PAGES = ("EXPERIMENTS.md", "README.md", "docs/faults.md")
+PAGES = ("EXPERIMENTS.md", "README.md", "docs/faults.md", "docs/gvm.md")
 NOT_YET = "*Not run yet.*"
 
 
@@ -720,6 +720,20 @@ def answer_2(found: Found) -> str:
     return f"**Answer.** Correlation with the exact values over all tokens, and what DVPO makes of it. {' '.join(said)}"
 
 
+def claim_outcome(found: Found) -> str:
+    """docs/gvm.md: what the outcome's share of the loss is good for."""
+    if not {"gvm_all_tokens", "dvpo_all_tokens"} <= found.runs.keys():
+        return NOT_YET
+    of = lambda name: found.numbers(name, "no_tau", "all", "correlation")
+    gap = lambda x: shown(x("gvm_no_tau", "dvpo_no_tau") - x("gvm_all_tokens", "dvpo_all_tokens"))
+    both = lambda name: f"{gold(found, name)}{fell(found, name)}"
+    return (
+        f"In the toy world, without τ, against all tokens alike: correlation with the exact values {shown(of('gvm_no_tau'), bounds=False)} and {shown(of('gvm_all_tokens'), bounds=False)}, "
+        f"difference {gap(lambda model, _: of(model))}; DVPO's gold reward {both('dvpo_no_tau')} and {both('dvpo_all_tokens')}, difference "
+        f"{gap(lambda _, policy: found.numbers(policy, *GOLD))}."
+    )  # fmt: skip
+
+
 def answer_breakdown(found: Found) -> str:
     """How DVPO broke down, where else that was seen, and what a penalty on cut answers does."""
     names = {
@@ -1050,6 +1064,7 @@ def tables() -> dict[str, callable]:
             "tau_policy": lambda: policies(toy, ("dvpo", "dvpo_no_tau_shown", "dvpo_no_tau", "dvpo_other_tau"), against="dvpo"),
             "readings": lambda: readings(toy, ("sft", "dvpo", "ppo", "grpo")),
             "targets": lambda: targets(toy),
+            "claim_outcome": lambda: claim_outcome(toy),
             "targets_policy": lambda: policies(toy, [gae for _, gae, _ in TARGETS.values() if gae], against="dvpo_no_tau")
             .replace(NAMES["dvpo_no_tau"], "outcome share 0.5"),  # here none has τ
             "targets_q": lambda: policies(toy, [q for *_, q in TARGETS.values() if q], against="dvpo_q_no_tau"),
