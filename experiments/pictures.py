@@ -128,11 +128,14 @@ def draw_frontier(found: Found, names, ink: str) -> Figure:
     )
 
 
+FRAME = 15  # nats; a run that broke down lies far outside
+
+
 def draw_coefficients(found: Found, names, ink: str) -> Figure:
     """Final policies of one coefficient each, gold reward and proxy against KL: a line a method."""
     figure = Figure((10, 4.6), layout="constrained")
     axes, look = figure.subplots(1, 2), report.looks(names)
-    best = [found.runs["sft"][str(seed)]["best_of_n"] for seed in found.seeds]
+    best, beyond = [found.runs["sft"][str(seed)]["best_of_n"] for seed in found.seeds], set()
     for axis, path in zip(axes, (page.GOLD, ("proxy", "mean")), strict=True):
         line = np.mean([[(row["kl"], row[path[0]]) for row in some] for some in best], 0)
         axis.plot(*line.T, color=ink, linestyle=":", label="best of n")
@@ -140,7 +143,10 @@ def draw_coefficients(found: Found, names, ink: str) -> Figure:
             colour, marker, dash = look[name]
             runs = family(found, name)
             x, y = (np.array([found.numbers(run, *one) for run in runs]) for one in (("kl",), path))
-            axis.plot(x, y, ".", color=colour, alpha=0.45, markersize=4)
+            axis.plot(x[x < FRAME], y[x < FRAME], ".", color=colour, alpha=0.45, markersize=4)
+            beyond |= {
+                (run, seed) for run, some in zip(runs, x, strict=True) for seed, at in enumerate(some) if at >= FRAME
+            }
             axis.plot(x.mean(1), y.mean(1), color=colour, marker=marker, linestyle=dash, label=plain(name))
             for run, *at in zip(runs, x.mean(1), y.mean(1), strict=True):
                 value = page.OWN[name][1] if run == name else run.rpartition("_")[2]
@@ -153,6 +159,7 @@ def draw_coefficients(found: Found, names, ink: str) -> Figure:
     below = "KL to the SFT policy, nats a response"
     titles = [("gold reward, held-out prompts", below), ("proxy: the reward model's score, standardised", below)]
     note = f"final policies, means of {seeds_of(found)}; small dots are single seeds, numbers the coefficients γ, β"
+    note += f"; of single seeds {len(beyond)} beyond {FRAME} nats" if beyond else ""
     return finish(figure, axes, titles, ink, note, 6)
 
 
@@ -192,8 +199,9 @@ def draw_dots(found: Found, groups: dict, ink: str) -> Figure:
     for y, name in enumerate(rows):
         if name is None:
             labels.append(next(titles))
+            above = labels[-1]
             continue
-        labels.append(plain(name))
+        labels.append(CALLED.get((above, name), plain(name)))
         for axis, path in zip(axes, (("gold", "mean"), ("kl",)), strict=True):
             x = found.numbers(name, *path)
             mean, low, high = interval(x)
@@ -211,6 +219,7 @@ def draw_dots(found: Found, groups: dict, ink: str) -> Figure:
     return figure
 
 
+CALLED = {("targets of the GVM, no τ", "dvpo_no_tau"): "outcome share 0.5"}  # among others without τ
 GROUPS = {
     "ladder": {
         "values are exact, or learned": ("dvpo_exact_q", "dvpo", "dvpo_no_tau"),
@@ -218,7 +227,7 @@ GROUPS = {
         "what τ is shown to DVPO's GVM": ("dvpo", "dvpo_no_tau_shown", "dvpo_other_tau"),
         "advantages from the same Q": ("dvpo", "dvpo_lam_1", "dvpo_q_minus_v", "dvpo_q", "dvpo_q_position", "dvpo_q_start", "dvpo_released"),
         "targets of the GVM, no τ": ("dvpo_no_tau", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0"),
-        "and with `q`": ("dvpo_q_no_tau", "dvpo_q_eq_2", "dvpo_q_paper"),
+        "and with q": ("dvpo_q_no_tau", "dvpo_q_eq_2", "dvpo_q_paper"),
     },
     "off_policy": {
         "VCB paper's methods": OFF,
@@ -287,8 +296,9 @@ def pictures(found: Found) -> dict:
         made["learning_curve"] = (draw_curves, found, there(("dvpo", "dvpo_q", "ppo")))
         made["learning_curves"] = (draw_curves, found, there(ON))
         made["frontier"] = (draw_frontier, found, [name for name in there((*ON, *OFF)) if points(found, name)])
-    if several := [name for name in (*CALIBRATED, "dvpo", "ppo") if len(family(found, name)) > 1]:
-        made["coefficients"] = (draw_coefficients, found, several)
+    for title, names in (("coefficients", CALIBRATED), ("betas", ("dvpo", "ppo"))):
+        if several := [name for name in names if len(family(found, name)) > 1]:
+            made[title] = (draw_coefficients, found, several)
     for name, groups in GROUPS.items():
         groups = {title: some for title, names in groups.items() if len(some := there(names)) > 1}
         if groups:
