@@ -23,7 +23,7 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 
 NAMES = {
     "sft": "SFT", "dvpo": "DVPO, `gae`", "dvpo_q": "DVPO, `q` (paper)", "ppo": "PPO", "remax": "ReMax", "rloo": "RLOO",
     "grpo": "GRPO", "reinforce++": "REINFORCE++", "vcb": "VCB", "dpo": "DPO", "ipo": "IPO", "slic": "SLiC", "rrhf": "RRHF",
-    "rest": "ReST", "ppo_gold": "PPO, gold reward", "ppo_rm_2_epochs": "PPO, reward model of two epochs", "dvpo_exact_q": "DVPO, exact Q of the SFT mixture",
+    "rest": "ReST", "ppo_gold": "PPO, gold reward", "dvpo_exact_q": "DVPO, exact Q of the SFT mixture",
     "dvpo_eos_penalty": "DVPO, `--eos_penalty 1`",
     "dvpo_lam_1": "`gae`, λ = 1 (Q_T − V)", "dvpo_q_minus_v": "`gae`, λ = 0 (Q − V)", "dvpo_q_position": "`q` less its position's mean",
     "dvpo_q_start": "`q` less V(s_1)", "dvpo_released": "the released code's values and GAE", "dvpo_no_tau": "GVM trained without τ",
@@ -638,6 +638,13 @@ def answer_ppo(found: Found) -> str:
     gap = lambda level: at_kl(found, "dvpo", level) - at_kl(found, "ppo", level)
     reach = [x for x in (1.0, 2.0, 3.0, 4.0) if not np.isnan(gap(x)).any()]
     early = "; ".join(f"{nats(x)}, {word(gap(x))} PPO's ({shown(gap(x))})" for x in reach) or "1 nat, not compared"
+    both = ("dvpo", "ppo")
+    last = lambda kl: matched(found, "dvpo", kl, *GOLD) - matched(found, "ppo", kl, *GOLD)
+    equal = levels(found, both) if all(len(family(found, name)) > 1 for name in both) else []
+    final = "".join(
+        f" Of final policies, between several β, it is at {nats(x)} {word(last(x))} PPO's ({shown(last(x))})."
+        for x in equal
+    )
     steps, ill = steps_to(found, "dvpo"), broken(found, "dvpo")
     asked = [name for name in ON[1:] if name in found.runs]  # not A*-PO and online DPO, which are of another file
     others = [NAMES[name] for name in asked if broken(found, name)]
@@ -659,7 +666,7 @@ def answer_ppo(found: Found) -> str:
         ).replace("-", "−").replace("ten−step", "ten-step")  # fmt: skip
     return (
         f"**Answer.** DVPO's gold reward is {against(found, 'dvpo', 'ppo', *GOLD)}, at a KL of {kl('dvpo')} against {kl('ppo')}; where "
-        f"rollouts first come to a KL of {early}. It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
+        f"rollouts first come to a KL of {early}.{final} It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
         f"{len(steps)} seeds.{trouble} The paper's own advantage, `q`, is {against(found, 'dvpo_q', 'ppo', *GOLD)}. What DVPO saves is the critic and "
         f"its update ([docs/ppo_to_dvpo.md](docs/ppo_to_dvpo.md)); a frozen GVM stands where the reward model was. {fewer}"
     )  # fmt: skip
@@ -1064,7 +1071,7 @@ def tables() -> dict[str, callable]:
             "targets_policy": lambda: policies(toy, [gae for _, gae, _ in TARGETS.values() if gae], against="dvpo_no_tau")
             .replace(NAMES["dvpo_no_tau"], "outcome share 0.5"),  # here none has τ
             "targets_q": lambda: policies(toy, [q for *_, q in TARGETS.values() if q], against="dvpo_q_no_tau"),
-            "ladder": lambda: policies(toy, ("dvpo_exact_q", "ppo_gold", "dvpo", "dvpo_eos_penalty", "dvpo_no_tau", "ppo", "ppo_rm_2_epochs"), against="ppo"),
+            "ladder": lambda: policies(toy, ("dvpo_exact_q", "ppo_gold", "dvpo", "dvpo_eos_penalty", "dvpo_no_tau", "ppo"), against="ppo"),
             "equal_kl": lambda: equal_kl(toy, ON),
             "plateau": lambda: plateau(toy, (*ON, "dvpo_eos_penalty", "dvpo_no_tau", "dvpo_exact_q")),
             "advantages": lambda: policies(

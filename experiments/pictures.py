@@ -223,7 +223,7 @@ CALLED = {("targets of the GVM, no τ", "dvpo_no_tau"): "outcome share 0.5"}  # 
 GROUPS = {
     "ladder": {
         "values are exact, or learned": ("dvpo_exact_q", "dvpo", "dvpo_no_tau"),
-        "reward is exact, or learned": ("ppo_gold", "ppo", "ppo_rm_2_epochs"),
+        "reward is exact, or learned": ("ppo_gold", "ppo"),
         "what τ is shown to DVPO's GVM": ("dvpo", "dvpo_no_tau_shown", "dvpo_other_tau"),
         "advantages from the same Q": ("dvpo", "dvpo_lam_1", "dvpo_q_minus_v", "dvpo_q", "dvpo_q_position", "dvpo_q_start", "dvpo_released"),
         "targets of the GVM, no τ": ("dvpo_no_tau", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0"),

@@ -53,7 +53,6 @@ def teachers() -> dict[str, Run]:
         "sft": Run("sft", "", 140),
         "gvm": value(""),
         "rm": Run("rm", "--model {sft}", 270),
-        "rm_2_epochs": Run("rm", "--model {sft} --epochs 2", 540),
         "sample": Run("sample", "--policy {sft} --reward_model {rm} --data toy,toy,toy --n 16", 40),
         "gvm_no_tau": value("--tau_pairs 0", 350),
         # what the targets do is asked without tau: half the time, and nothing of question 1 in it
@@ -214,7 +213,6 @@ def runs() -> dict[str, Run]:
         # question 3: where the loss is. 4: advantages
         "dvpo_exact_q": dvpo("--gvm {gvm}", "exact_q"),
         "ppo_gold": Run("ppo", f"--policy {{sft}} --reward_model gold {settings('ppo')}", 130),
-        "ppo_rm_2_epochs": Run("ppo", f"--policy {{sft}} --reward_model {{rm_2_epochs}} {settings('ppo')}", 130),
         "dvpo_eos_penalty": dvpo("--gvm {gvm} --eos_penalty 1"),
         "dvpo_lam_1": dvpo("--gvm {gvm} --lam 1"),
         "dvpo_q_minus_v": dvpo("--gvm {gvm} --lam 0"),
