@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from eval import report
+
 ROOT = Path(__file__).resolve().parent.parent
-# 97.5 % quantile of Student's t for n - 1 degrees of freedom
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23, 12: 2.20}
 
 NAMES = {
     "sft": "SFT", "dvpo": "DVPO, `gae`", "dvpo_q": "DVPO, `q` (paper)", "ppo": "PPO", "remax": "ReMax", "rloo": "RLOO",
@@ -96,7 +97,7 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
     x = x[~np.isnan(x)]
     if len(x) < 2:
         return (float(x[0]) if len(x) else math.nan), math.nan, math.nan
-    half = T95[len(x)] * x.std(ddof=1) / len(x) ** 0.5
+    half = report.t95(len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
 
@@ -438,6 +439,16 @@ def rate(found: dict) -> str:
     return f"{100 * found['mean']:.1f} % [{100 * found['ci95'][0]:.1f}, {100 * found['ci95'][1]:.1f}]"
 
 
+def about_real_policies(report: dict) -> str:
+    size, policies = report["size"], len(report["policies_of_training"]) + len(report["policies_held_out"])
+    return (
+        f"{report['model']} with LoRA, one run of one epoch each, on AlpacaEval's prompts with the answers of {policies} policies of its leaderboard and GPT-4-turbo's "
+        f"preference for each: {size['answers']} answers to each of {size['prompts']} prompts; {size['held_out']} prompts and {len(report['policies_held_out'])} policies, every "
+        f"fourth by mean score, are held out. **All models read the first {size['tokens']} tokens of an answer, the length in the first row is of the whole text.** Share of "
+        "pairs put in the judge's order, with 95 % intervals by bootstrap over prompts:"
+    )  # fmt: skip
+
+
 def real_policies(report: dict) -> str:
     rows = [
         [text, *(rate(scored(report, part, name)) for part in ("seen", "unseen"))] for name, text in SCORERS.items()
@@ -624,7 +635,7 @@ def answer_moved(found: Found) -> str:
     effect = {"above": "For a mixture τ helps:", "below": "For a mixture τ misleads:"}
     head = effect.get(word(first("gvm") - first("gvm_no_tau_shown")), "For a mixture:")
     end = np.array([one["moved"][-1]["correlation"]["gvm"]["all"] for one in found.probes.values()], float)
-    share = np.nanmean(end / first("gvm"))
+    share = interval(end / first("gvm"))[0]
     lost = "loses most" if share < 0.5 else "loses a part" if share < 1 else "loses nothing"
     return (
         f"{head} with the SFT policy's own values the GVM's correlate {start('gvm')} when it is shown τ of its texts, {start('gvm_no_tau_shown')} when shown none. "
@@ -639,10 +650,10 @@ def answer_ppo(found: Found) -> str:
     reach = [x for x in (1.0, 2.0, 3.0, 4.0) if not np.isnan(gap(x)).any()]
     early = "; ".join(f"{nats(x)}, {word(gap(x))} PPO's ({shown(gap(x))})" for x in reach) or "1 nat, not compared"
     both = ("dvpo", "ppo")
-    last = lambda kl: matched(found, "dvpo", kl, *GOLD) - matched(found, "ppo", kl, *GOLD)
+    ends = lambda kl: matched(found, "dvpo", kl, *GOLD) - matched(found, "ppo", kl, *GOLD)
     equal = levels(found, both) if all(len(family(found, name)) > 1 for name in both) else []
     final = "".join(
-        f" Of final policies, between several β, it is at {nats(x)} {word(last(x))} PPO's ({shown(last(x))})."
+        f" Of final policies, between several β, it is at {nats(x)} {word(ends(x))} PPO's ({shown(ends(x))})."
         for x in equal
     )
     steps, ill = steps_to(found, "dvpo"), broken(found, "dvpo")
@@ -791,7 +802,7 @@ def answer_advantages(found: Found) -> str:
 def answer_gradient(found: Found) -> str:
     at = lambda name, key, digits: shown(found.probed("gradient", name, key), digits, bounds=False)
     both = lambda name: f"{at(name, 'cosine', 2)} and {at(name, 'noise', 1)}"
-    of = lambda key: [np.nanmean(found.probed("gradient", name, key)) for name in FORMS]
+    of = lambda key: [interval(found.probed("gradient", name, key))[0] for name in FORMS]
     ends = f"of all forms the cosine is {min(of('cosine')):.2f} at least, the noise over signal {min(of('noise')):.1f} to {max(of('noise')):.1f}"
     return (
         f"**Answer.** Cosine with the gradient of exact Q − V, and noise over signal of a batch of 32: {ends}. With exact values: Q − V 1 by definition and "
@@ -847,18 +858,14 @@ def answer_vcb(found: Found) -> str:
 
 
 def answer_over(found: Found) -> str:
-    seen, total = [], 0
-    for name in (name for name in (*ON, *OFF) if name in found.runs):
-        for seed in found.seeds:
-            row = found.runs[name].get(str(seed), {})
-            if not row.get("points"):
-                continue
-            total += 1
-            fallen = lambda point, row=row: (
-                point["gold_ci95"][0] > row["gold"]["ci95"][1] and row["proxy"]["mean"] > point["proxy"]
-            )
-            if any(map(fallen, row["points"])):
-                seen.append(f"{NAMES[name]} on seed {seed}")
+    end = lambda row: {"gold": row["gold"]["mean"], "gold_ci95": row["gold"]["ci95"], "proxy": row["proxy"]["mean"]}
+    lines = {
+        f"{NAMES[name]} on seed {seed}": [*row["points"], end(row)]
+        for name in (*ON, *OFF)
+        for seed, row in found.runs.get(name, {}).items()
+        if row.get("points")
+    }
+    seen = [name for name, *_ in report.over_optimised(lines)]
     drawn = [found.runs["sft"][str(seed)]["best_of_n"] for seed in found.seeds]
     best = np.mean([[(row["kl"], row["gold"]) for row in some] for some in drawn], 0)
     line = lambda kl, some: np.interp(
@@ -870,7 +877,7 @@ def answer_over(found: Found) -> str:
     below = "; ".join(f"{NAMES[name]} is {word(gap)} best of n ({shown(gap)})" for name, gap in within.items())
     below = f"; at their own KL, where that is no greater, {below}" if below else ""
     return (
-        f"**Answer.** Within a run, a final gold reward below an earlier one while the proxy is above, gold beyond its noise, is seen in {len(seen)} of {total} "
+        f"**Answer.** Within a run, a final gold reward below an earlier one while the proxy is above, gold beyond its noise, is seen in {len(seen)} of {len(lines)} "
         f"runs{' (' + ', '.join(seen) + ')' if seen else ''}. Best of {2 ** (len(best) - 1)} of the SFT policy has gold reward {best[-1, 1]:.2f} at a KL of "
         f"{best[-1, 0]:.1f} at most{below}.{over_by_coefficient(found)}"
     )  # fmt: skip
@@ -913,7 +920,7 @@ def answer_teachers(found: Found) -> str:
     of = lambda name: found.probed("teachers", "correlation", name, "all")
     at = lambda name: shown(of(name), bounds=False)
     most = allowed(found, "all")
-    sampling = np.nanmean(most - of("gold_1")) > np.nanmean(of("gold_1") - of("rm_1"))
+    sampling = interval(most - of("gold_1"))[0] > interval(of("gold_1") - of("rm_1"))[0]
     return (
         f"**Answer.** One forward pass of the GVM with no τ shown correlates {at('gvm_no_tau_shown')} with the SFT policy's values ({at('gvm')} with τ; {shown(most, bounds=False)} is the "
         f"most that the truth's noise allows), {word(of('gvm_no_tau_shown') - of('rm_1'))} what the reward model tells by one continuation, {at('rm_1')}; "
@@ -1002,16 +1009,7 @@ def _dig(row, path):
 ON = ("dvpo", "dvpo_q", "ppo", "remax", "rloo", "grpo", "reinforce++")
 OFF = ("vcb", "dpo", "ipo", "slic", "rrhf", "rest")
 CALIBRATED = ("vcb", "dpo", "ipo")  # those that gamma moves along KL
-BETAS = (
-    "dvpo_beta_0.02",
-    "dvpo_beta_0.05",
-    "dvpo",
-    "dvpo_beta_0.2",
-    "ppo_beta_0.02",
-    "ppo",
-    "ppo_beta_0.1",
-    "ppo_beta_0.2",
-)
+BETAS = [f"{name}_beta_{beta}".replace(f"_beta_{OWN[name][1]}", "") for name in ("dvpo", "ppo") for beta in ("0.02", "0.05", "0.1", "0.2")]  # fmt: skip
 FULL = ("gold reward", "proxy (RM)", "KL to SFT", "malformed", "misaligned", "misaligned (gold)", "tokens", "EAD")
 
 
@@ -1053,6 +1051,7 @@ def tables() -> dict[str, callable]:
         made["claim_sentiment"] = lambda: claim_sentiment(load("sentiment"))
         made["answer_sentiment"] = lambda: answer_sentiment(load("sentiment"))
     if "policies" in there:
+        made["about_real_policies"] = lambda: about_real_policies(load("policies"))
         made["real_policies"] = lambda: real_policies(load("policies"))
         made["answer_real_policies"] = lambda: answer_real_policies(load("policies"))
     of_real = {"sentiment": ("A real model", answer_sentiment), "policies": ("Real policies", answer_real_policies)}

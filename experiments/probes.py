@@ -29,13 +29,12 @@ import gvm
 import sft
 import toy
 from eval import calibration, demo, report
-from experiments import measure
+from experiments import measure, page
 
 TEXTS = 96  # of a policy, each with three places to go on from
 CONTINUED = 16  # continuations from a place; half for the truth, half for what a reward model makes of them
 DRAWN = 256  # texts that a snapshot's KL is measured on
 BATCH, BATCHES = 32, 32  # responses in a gradient, gradients
-TARGETS = ("gvm_no_tau", "gvm_all_tokens", "gvm_td_95", "gvm_td_0", "gvm_eq_2", "gvm_paper")
 
 
 def correlation(x, y) -> float | None:
@@ -119,6 +118,11 @@ def noise_share(draws) -> float | None:
     return float(draws.var(1, ddof=1).mean()) / draws.shape[1] / spread if spread else None
 
 
+def teachers(bench) -> dict:
+    """`continued` for the SFT policy, and what the reward model makes of its continuations."""
+    return continued(bench, bench.reference, 1, bench.rewards["proxy"])
+
+
 def moved(bench) -> list[dict]:
     """`continued` for each snapshot of DVPO, and its KL to the SFT policy."""
     found = []
@@ -157,7 +161,7 @@ def targets(bench, known: dict) -> dict:
     texts = demo.value_texts(toy.TRAIN_POLICIES, bench.seed)
     exact = [toy.exact_values(row[0], row[1], row[2].split() + [toy.EOS])[1:] for row in texts]
     found = dict(known)
-    for name in TARGETS:
+    for name in page.TARGETS:
         if name not in found and (bench.folder / name / "final").is_dir():
             values = bench.values(bench.folder / name, [(row[1], row[2], []) for row in texts])
             slope, offset = np.polyfit(np.concatenate(values), np.concatenate(exact), 1)
@@ -279,13 +283,21 @@ def main():
     folder = Path(sys.argv[1])
     kept = folder / "probes.json"
     found = json.loads(kept.read_text()) if kept.is_file() else {}
-    bench = measure.Bench(folder, json.loads((folder / "sft" / "args.json").read_text())["seed"])
     asked = {
-        "teachers": lambda: continued(bench, bench.reference, 1, bench.rewards["proxy"]), "moved": lambda: moved(bench),
-        "gradient": lambda: gradient(bench), "implicit": lambda: implicit(bench), "positions": lambda: positions(bench), "tokens": lambda: tokens(bench),
-    }  # fmt: skip
-    found |= {name: probe() for name, probe in asked.items() if name not in found}
-    found["targets"] = targets(bench, found.get("targets", {}))  # of models that may come later
+        "teachers": teachers,
+        "moved": moved,
+        "gradient": gradient,
+        "implicit": implicit,
+        "positions": positions,
+        "tokens": tokens,
+    }
+    missing = [name for name in asked if name not in found]
+    later = {name for name in page.TARGETS if (folder / name / "final").is_dir()} - found.get("targets", {}).keys()
+    if not missing and not later:
+        return
+    bench = measure.Bench(folder, json.loads((folder / "sft" / "args.json").read_text())["seed"])
+    found |= {name: asked[name](bench) for name in missing}
+    found["targets"] = targets(bench, found.get("targets", {}))
     kept.write_text(json.dumps(measure.rounded(found)) + "\n")
 
 

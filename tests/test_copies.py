@@ -71,6 +71,18 @@ def test_a_copy_is_the_text_of_its_origin():
     assert not wrong, f"{wrong} differ from their origin: python tests/test_copies.py --fix"
 
 
+def test_what_the_readme_says_of_their_length():
+    """The shortest and the longest script to ten lines, and how much of each is text that another has too."""
+    every = {path.stem: blocks(path) for path in SCRIPTS if path.stem != "toy"}
+    shared = {(origin, name) for found in every.values() for name, (*_, origin) in found.items() if origin}
+    sizes = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in every}
+    for script, found in every.items():
+        same = [last - first for name, (first, last, _, origin) in found.items() if origin or (script, name) in shared]
+        assert sum(same) > sizes[script] / 2, script
+    said = re.search(r"Scripts are long \(([\d,]+) to ([\d,]+) lines\)", (ROOT / "README.md").read_text())
+    assert [int(x.replace(",", "")) for x in said.groups()] == [round(f(sizes.values()), -1) for f in (min, max)]
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_copies_stand_in_the_order_of_their_origin(path):
     """So that a diff of two scripts shows what differs, not what has moved."""

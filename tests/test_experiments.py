@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_writers_say_one_sentence():
 
 def test_intervals_are_students():
     mean, low, high = page.interval(np.array([1.0, 2.0, 4.0, np.nan]))
-    assert mean == pytest.approx(7 / 3) and high - mean == pytest.approx(4.30 * np.std([1, 2, 4], ddof=1) / 3**0.5)
+    assert mean == pytest.approx(7 / 3) and high - mean == pytest.approx(4.302653 * np.std([1, 2, 4], ddof=1) / 3**0.5)
     assert low == pytest.approx(2 * mean - high) and page.shown(np.array([-1.0, -1.0])) == "−1.00 [−1.00, −1.00]"
 
 
@@ -304,6 +305,71 @@ def test_a_method_is_not_compared_with_itself_and_a_breakdown_is_named():
     assert "DVPO, `gae`, β 0.02 (KL 7.5) (breaks down on 1 of 2 seeds): gold −1.20" in told()
     del runs["dvpo_beta_0.02"]["1"]
     assert told() == ""
+
+
+def test_the_line_of_exact_values_on_a_models(monkeypatch, tmp_path):
+    """Values of twice the exact ones and one more: slope 1 / 2, offset -1 / 2."""
+    (tmp_path / "gvm_no_tau" / "final").mkdir(parents=True)
+    exact = lambda row: toy.exact_values(row[0], row[1], row[2].split() + [toy.EOS])[1:]
+    texts = demo.value_texts(toy.TRAIN_POLICIES[:2], 0)[:6]
+    monkeypatch.setattr(demo, "value_texts", lambda policies, seed: texts)
+    bench = type(
+        "Bench", (), {"folder": tmp_path, "seed": 0, "values": lambda *_: [2 * exact(row) + 1 for row in texts]}
+    )()
+    found = probes.targets(bench, {"gvm_paper": {"last": 0.5}})
+    assert found.pop("gvm_no_tau") == pytest.approx({"slope": 0.5, "offset": -0.5, "last": 1.0}, abs=1e-9)
+    assert found == {"gvm_paper": {"last": 0.5}}  # what is known is kept, what is not there is left out
+
+
+def test_the_fall_is_counted_behind_the_first_steps():
+    gold = [-0.1] * 10 + [1.0] * 30 + [-1.0] * 15 + [0.5]
+    row = {"gold": {"mean": 0.5}, "curve": [{"gold": x} for x in gold]}
+    told = page.claim_curve(page.Found({"seeds": [3], "runs": {"dvpo": {"3": row}}}))
+    assert "seed 3" in told and "at 15 of 46 steps, the last of them step 55." in told
+
+
+class Read(dict):
+    """A dict that keeps which of its values were asked for."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = set()
+
+    def __getitem__(self, key):
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        if key in self:
+            self.seen.add(key)
+        return super().get(key, default)
+
+
+def test_each_section_ends_in_the_command_that_makes_its_runs(monkeypatch):
+    """What a section's tables and answers read is made by its --only, or, where probes are read, by the runs that they need."""
+    kept, wanted = [], run.runs()
+
+    class Watched(page.Found):
+        def __init__(self, report):
+            super().__init__(report)
+            self.runs = Read(self.runs)
+            kept.append(self)
+
+    monkeypatch.setattr(page, "Found", Watched)
+    made = page.tables()
+    text = (page.ROOT / "EXPERIMENTS.md").read_text(encoding="utf-8")
+    for section in re.split(r"^## ", text, flags=re.M)[1:]:
+        if not (number := re.match(r"\d", section)):
+            continue
+        words = " ".join(re.findall(r"`python experiments/run.py --only ([^`]*)`", section)).split()
+        found, todo = set(run.PROBED), [*words, *run.PROBED]
+        while todo:
+            found.add(name := todo.pop())
+            todo += wanted[name].needs()
+        kept[0].runs.seen = set()
+        for mark in re.findall(r"<!-- table (\w+) -->", section):
+            made[mark]()
+        assert words and not kept[0].runs.seen - found, (number[0], sorted(kept[0].runs.seen - found))
 
 
 def test_exact_q_are_the_worlds_own(small, monkeypatch, tmp_path):

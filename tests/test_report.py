@@ -277,6 +277,8 @@ def test_headline():
     text = report.headline(results | {"methods": results["methods"] | {"dvpo": method(0.2, 0.02)}})
     assert "rises from −0.23 [−0.28, −0.18]" in text and "0.20 [0.15, 0.25]" in text and "best run of all" not in text
     assert "falls from 12.8\N{NO-BREAK SPACE}% to 2.0\N{NO-BREAK SPACE}%" in text
+    same = {"methods": {"sft": method(0.2, 0.02), "dvpo": method(0.2, 0.02)}}
+    assert report.headline(same).count(" goes from ") == 2 and "rises" not in report.headline(same)
     results["methods"]["ppo"] = method(0.7)
     assert "best run of all is ppo: 0.70" in report.headline(results)
     assert "−0.23" in report.headline({"methods": {"sft": method(-0.23)}}) and report.headline({"methods": {}}) == ""
@@ -328,6 +330,10 @@ def test_frontier(folder):
     assert sections == [*SECTIONS[:2], "frontier", *SECTIONS[2:]] and "12.3\N{NO-BREAK SPACE}%" in page
     assert "is seen in dvpo_&lt;b&gt; (gold −0.56, proxy +1.00" in page
     assert (folder / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+    noisy = [{"gold": g, "gold_ci95": [g - e, g + e], "proxy": p} for g, e, p in ((0.95, 0.9, 0.1), (0.9, 0.1, 0.2), (0.5, 0.1, 0.4))]  # fmt: skip
+    assert report.over_optimised({"x": noisy}) == [
+        ("x", pytest.approx(0.4), pytest.approx(0.2))
+    ]  # not the highest, which is noise
     lines["dvpo_<b>"][1]["gold_ci95"] = [0.2, 1.6]  # within the noise
     assert report.over_optimised(lines) == []
 
