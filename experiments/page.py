@@ -29,7 +29,7 @@ NAMES = {
     "dvpo_lam_1": "`gae`, λ = 1 (Q_T − V)", "dvpo_q_minus_v": "`gae`, λ = 0 (Q − V)", "dvpo_q_position": "`q` less its position's mean",
     "dvpo_q_start": "`q` less V(s_1)", "dvpo_released": "the released code's values and GAE", "dvpo_no_tau": "GVM trained without τ",
     "dvpo_no_tau_shown": "GVM trained with τ, none shown", "dvpo_other_tau": "another policy's τ", "dvpo_all_tokens": "no outcome share",
-    "dvpo_td_95": "TD(0.95)", "dvpo_td_0": "TD(0), eq. 1", "dvpo_q_no_tau": "`q`, outcome share 0.5", "dvpo_q_eq_2": "`q`, eq. 2, Monte-Carlo", "dvpo_q_paper": "`q`, eq. 1 and 2 (paper)", "vcb_full": "VCB, all i ≠ j",
+    "dvpo_tau_all_tokens": "GVM without outcome share", "dvpo_td_95": "TD(0.95)", "dvpo_td_0": "TD(0), eq. 1", "dvpo_q_no_tau": "`q`, outcome share 0.5", "dvpo_q_eq_2": "`q`, eq. 2, Monte-Carlo", "dvpo_q_paper": "`q`, eq. 1 and 2 (paper)", "vcb_full": "VCB, all i ≠ j",
     "vcb_mean": "VCB, mean of pairs", "dpo_length_penalty": "DPO, length penalty 0.1", "vcb_n_2": "VCB, n = 2", "vcb_n_4": "VCB, n = 4",
     "vcb_n_8": "VCB, n = 8", "vcb_noise_1": "VCB, noisy scores", "dpo_noise_1": "DPO, noisy scores", "rest_noise_1": "ReST, noisy scores",
     "rm": "reward model", "astar": "A*-PO, four updates a rollout", "astar_once": "A*-PO, one update a rollout", "online_dpo": "online DPO",
@@ -38,9 +38,13 @@ OWN = {
     "vcb": ("γ", "0.25"),
     "dpo": ("γ", "1"),
     "ipo": ("γ", "0.1"),
+    "slic": ("c", "3"),
+    "rrhf": ("c", "10"),
+    "rest": ("improve steps", "3"),
     "dvpo": ("β", "0.1"),
     "ppo": ("β", "0.05"),
 }  # of the runs named so
+SIGN = re.compile("_(gamma|c|steps|beta)_")  # before a coefficient in a run's name
 FORMS = {  # experiments/probes.py: values, and the advantage made of them
     f"{values}_{form}": f"{said}: {text}"
     for values, said in (("gvm", "GVM"), ("exact", "exact Q"))
@@ -64,7 +68,7 @@ NOT_YET = "*Not run yet.*"
 
 def said(name: str, full: bool = False) -> str:
     """`vcb_gamma_0.5`: VCB, γ 0.5; in full, `vcb`: VCB, γ 0.25."""
-    base, _, value = re.sub("_(gamma|beta)_", " ", name).partition(" ")
+    base, _, value = SIGN.sub(" ", name).partition(" ")
     sign, own = OWN.get(base, ("", ""))
     return f"{NAMES[base]}, {sign} {value or own}" if value or full else NAMES[name]
 
@@ -179,8 +183,8 @@ def equal_kl(found: Found, names, levels=(1.0, 2.0, 3.0, 4.0)) -> str:
 
 def family(found: Found, name: str) -> list[str]:
     """A method's runs at all its coefficients, the smallest first."""
-    value = lambda run: float(run.rpartition("_")[2] if run != name else OWN[name][1])
-    return sorted((run for run in found.runs if re.sub("_(gamma|beta)_.*", "", run) == name), key=value)
+    value = lambda run: float(run.rpartition("_")[2] if run != name else OWN.get(name, ("", 0))[1])
+    return sorted((run for run in found.runs if SIGN.split(run)[0] == name), key=value)
 
 
 def matched(found: Found, name: str, kl: float | np.ndarray, *path) -> np.ndarray:
@@ -199,7 +203,7 @@ def matched(found: Found, name: str, kl: float | np.ndarray, *path) -> np.ndarra
 
 
 WIDE, NEAR = 4.0, 0.5  # nats: how far apart two runs may be that are interpolated between, unless one is so near
-LEVELS = {"γ": (1.0, 1.5, 2.0, 2.5, 3.0), "β": (3.0, 4.0, 5.0, 6.0, 7.0)}
+LEVELS = {"γ": (0.5, 1.0, 1.5, 2.0, 2.5, 3.0), "β": (3.0, 4.0, 5.0, 6.0, 7.0)}
 
 
 def levels(found: Found, names) -> list[float]:
@@ -219,18 +223,20 @@ def at_matched_kl(found: Found, names) -> str:
 
 
 def at_their_kl(found: Found, names, others) -> str:
-    """Methods of one coefficient: the others' final policies, between coefficients, at the KL where each seed's run ended."""
-    if any(len(family(found, other)) < 2 for other in others) or not found.runs.keys() >= set(names):
+    """Methods whose coefficient is not of the KL: the others' final policies, between coefficients, at the KL where each run ended."""
+    runs = [run for name in names for run in family(found, name)]
+    if any(len(family(found, other)) < 2 for other in others) or not runs:
         return NOT_YET
-    at = lambda name, other: matched(found, other, found.numbers(name, "kl"), *GOLD) - found.numbers(name, *GOLD)
+    at = lambda run, other: matched(found, other, found.numbers(run, "kl"), *GOLD) - found.numbers(run, *GOLD)
+    full = lambda x: "–" if np.isnan(x).any() else shown(x)
     rows = [
         [
-            NAMES[name],
-            shown(found.numbers(name, "kl"), 1),
-            shown(found.numbers(name, *GOLD)),
-            *(shown(at(name, other)) for other in others),
+            said(run, True),
+            shown(found.numbers(run, "kl"), 1),
+            shown(found.numbers(run, *GOLD)),
+            *(full(at(run, other)) for other in others),
         ]
-        for name in names
+        for run in runs
     ]
     return table(
         ["", "KL to SFT", "gold reward", *(f"{NAMES[other]}'s gold at this KL − its own" for other in others)], rows
@@ -349,6 +355,9 @@ def targets(found: Found) -> str:
     return table(["GVM", *head], rows) + (f"\n\n*Not run yet: {', '.join(missing)}.*" if missing else "")
 
 
+PAIRS = (0, 1, 2, 4)
+
+
 def pairs_shown(found: Found) -> str:
     rows = []
     for kind, title in (
@@ -356,14 +365,18 @@ def pairs_shown(found: Found) -> str:
         ("held_out", "never seen"),
         ("crowd", "a mixture (as SFT)"),
     ):
-        row = [title]
-        for k in (0, 1, 2):
-            row.append(shown(found.numbers("gvm", "pairs_shown", kind, str(k), "all", "correlation"), 3))
-        for k in (0, 1, 2):
-            row.append(shown(found.numbers("gvm", "pairs_shown", kind, str(k), "first3", "mse"), 3, bounds=False))
-        rows.append(row)
-    head = [f"correlation, τ of {k}" for k in (0, 1, 2)] + [f"MSE of the first three, τ of {k}" for k in (0, 1, 2)]
-    return table(["texts by", *head], rows)
+        of = {
+            "GVM": lambda k, *path, kind=kind: found.probed("pairs", kind, "gvm", k, *path),
+            "GVM trained with four": lambda k, *path, kind=kind: found.numbers("gvm_tau_4", "pairs_shown", kind, k, *path),
+            "Bayes-optimal": lambda k, *path, kind=kind: found.probed("pairs", kind, "bayes", k, *path),
+        }  # fmt: skip
+        for name, at in of.items():
+            row = [shown(at(str(k), "all", "correlation"), bounds=name != "Bayes-optimal") for k in PAIRS]
+            row += [shown(at(str(k), "first3", "mse"), 3, bounds=False) for k in PAIRS]
+            if set(row) != {"–"}:
+                rows.append([title, name, *row])
+    head = [f"correlation, τ of {k}" for k in PAIRS] + [f"MSE of the first three, τ of {k}" for k in PAIRS]
+    return table(["texts by", "", *head], rows) if rows else NOT_YET
 
 
 def readings(found: Found, names) -> str:
@@ -596,6 +609,11 @@ def word(gap: np.ndarray) -> str:
     return "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
 
 
+def listed(some: list[str]) -> str:
+    """`1, 2 and 3`."""
+    return " and ".join([", ".join(some[:-1]), some[-1]] if some[1:] else some)
+
+
 def against(found: Found, one: str, other: str, *path) -> str:
     """`above PPO's (difference 0.05 [0.01, 0.09])`."""
     gap = found.numbers(one, *path) - found.numbers(other, *path)
@@ -677,8 +695,8 @@ def answer_ppo(found: Found) -> str:
         ).replace("-", "−").replace("ten−step", "ten-step")  # fmt: skip
     return (
         f"**Answer.** DVPO's gold reward is {against(found, 'dvpo', 'ppo', *GOLD)}, at a KL of {kl('dvpo')} against {kl('ppo')}; where "
-        f"rollouts first come to a KL of {early}.{final} It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
-        f"{len(steps)} seeds.{trouble} The paper's own advantage, `q`, is {against(found, 'dvpo_q', 'ppo', *GOLD)}. What DVPO saves is the critic and "
+        f"rollouts first come to a KL of {early}. The paper's own advantage, `q`, is {against(found, 'dvpo_q', 'ppo', *GOLD)}.{final} It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
+        f"{len(steps)} seeds.{trouble} What DVPO saves is the critic and "
         f"its update ([docs/ppo_to_dvpo.md](docs/ppo_to_dvpo.md)); a frozen GVM stands where the reward model was. {fewer}"
     )  # fmt: skip
 
@@ -715,6 +733,7 @@ def answer_tau(found: Found) -> str:
 
 def answer_2(found: Found) -> str:
     wanted = [*TARGETS, *(policy for _, *two in TARGETS.values() for policy in two if policy)]
+    wanted += [name for _, *both in OUTCOME.values() for pair in both for name in pair]
     if any(len(found.runs.get(name, {})) < len(found.seeds) for name in wanted):
         return NOT_YET
     of = lambda name: found.numbers(name, "no_tau", "all", "correlation")
@@ -730,22 +749,53 @@ def answer_2(found: Found) -> str:
     )
     return (
         f"**Answer.** Nearest to the exact values is {TARGETS[best][0]} (correlation {shown(of(best), bounds=False)}); {others}. The gold reward of the policy that DVPO "
-        f"makes of them: {made}."
+        f"makes of them: {made}. {claim_outcome(found)}"
     )  # fmt: skip
+
+
+OUTCOME = {  # a GVM -> (how it reads, the GVM and the policy where half of the loss is the outcome's, and where none is)
+    "with τ": ("right_tau", ("gvm", "dvpo"), ("gvm_tau_all_tokens", "dvpo_tau_all_tokens")),
+    "without τ": ("no_tau", ("gvm_no_tau", "dvpo_no_tau"), ("gvm_all_tokens", "dvpo_all_tokens")),
+}
+
+
+def outcome(found: Found) -> str:
+    rows = []
+    for text, (which, *both) in OUTCOME.items():
+        of = lambda gvm, *path, which=which: found.numbers(gvm, which, *path)
+        golds = [found.numbers(policy, *GOLD) for _, policy in both]
+        for (gvm, policy), said in zip(both, ("0.5", "0, all tokens alike"), strict=True):
+            row = [shown(of(gvm, span, "correlation"), 3) for span in ("all", "first3")]
+            row += [shown(golds[said != "0.5"]), shown(found.numbers(policy, "kl"), 1)]
+            rows.append([text, said, *row, shown(golds[0] - golds[1]) if said == "0.5" else "–"])
+    head = [
+        "correlation, all tokens",
+        "first three",
+        "DVPO's gold reward",
+        "KL to SFT",
+        "gold − all tokens alike, paired",
+    ]
+    return table(["GVM", "outcome's share of the loss", *head], rows)
 
 
 def claim_outcome(found: Found) -> str:
     """docs/gvm.md: what the outcome's share of the loss is good for."""
-    if not {"gvm_all_tokens", "dvpo_all_tokens"} <= found.runs.keys():
-        return NOT_YET
-    value = [found.numbers(name, "no_tau", "all", "correlation") for name in ("gvm_no_tau", "gvm_all_tokens")]
-    policy = [found.numbers(name, *GOLD) for name in ("dvpo_no_tau", "dvpo_all_tokens")]
-    both = " and ".join(f"{gold(found, name)}{fell(found, name)}" for name in ("dvpo_no_tau", "dvpo_all_tokens"))
-    return (
-        "In the toy world, without τ, against all tokens alike: correlation with the exact values "
-        f"{' and '.join(shown(x, bounds=False) for x in value)}, difference {shown(value[0] - value[1])}; DVPO's gold reward {both}, difference "
-        f"{shown(policy[0] - policy[1])}."
-    )  # fmt: skip
+    said = []
+    for text, (which, *both) in OUTCOME.items():
+        if any(name not in found.runs for pair in both for name in pair):
+            return NOT_YET
+        value = [found.numbers(gvm, which, "all", "correlation") for gvm, _ in both]
+        policy = [found.numbers(name, *GOLD) for _, name in both]
+        golds = " and ".join(f"{gold(found, name)}{fell(found, name)}" for _, name in both)
+        said.append(
+            f"{text}, correlation with the exact values {' and '.join(shown(x, bounds=False) for x in value)}, difference {shown(value[0] - value[1])}; DVPO's gold reward "
+            f"{golds}, difference {shown(policy[0] - policy[1])}"
+        )
+        (_, one), (_, other) = both
+        if len(family(found, one)) > 1:
+            equal = matched(found, one, found.numbers(other, "kl"), *GOLD) - policy[1]
+            said[-1] += f", at the latter's KL, between several β, {shown(equal)}"
+    return f"In the toy world a share of 0.5 against all tokens alike: {'; '.join(said)}."
 
 
 def answer_breakdown(found: Found) -> str:
@@ -818,26 +868,33 @@ def answer_off(found: Found) -> str:
     least = min(rates, key=rates.get)
     level = [np.nanmean(found.numbers(name, "kl")) for name in ("vcb", best)]
     return (
-        f"**Answer.** Of the off-policy methods VCB's gold reward is {against(found, 'vcb', best, *GOLD)}, the best of the others; their KLs are {level[0]:.1f} and {level[1]:.1f}. The lowest "
-        f"misalignment among them is {NAMES[least]}'s, {100 * rates[least]:.1f} % (VCB {100 * rates['vcb']:.1f} %).{off_at_matched_kl(found)}"
+        f"**Answer.** Of the off-policy methods at their own settings VCB's gold reward is {against(found, 'vcb', best, *GOLD)}, the best of the others; their KLs are {level[0]:.1f} and {level[1]:.1f}.{off_at_matched_kl(found)} At "
+        f"the methods' own settings the lowest misalignment is {NAMES[least]}'s, {100 * rates[least]:.1f} % (VCB {100 * rates['vcb']:.1f} %)."
     )  # fmt: skip
 
 
 def off_at_matched_kl(found: Found) -> str:
-    if any(len(family(found, name)) < 2 for name in CALIBRATED) or not levels(found, CALIBRATED):
+    if any(len(family(found, name)) < 2 for name in CALIBRATED):
         return ""
-    said = []
-    for kl in levels(found, CALIBRATED):
-        gap = lambda name, kl=kl: matched(found, "vcb", kl, *GOLD) - matched(found, name, kl, *GOLD)
-        each = (f"{word(gap(name))} {NAMES[name]}'s ({shown(gap(name))})" for name in CALIBRATED[1:])
-        said.append(f"at {nats(kl)} {' and '.join(each)}")
-    own = lambda name: matched(found, "vcb", found.numbers(name, "kl"), *GOLD) - found.numbers(name, *GOLD)
-    rest = (
-        f"at {NAMES[name]}'s own KL {word(gap)} {NAMES[name]}'s ({shown(gap)})"
-        for name in OFF
-        if name not in CALIBRATED and name in found.runs and not np.isnan(gap := own(name)).any()
-    )
-    return f" Final policies at equal KL, between several γ: VCB's gold reward is {'; '.join([*said, *rest])}."
+    between, ends = {}, {}
+    for name in CALIBRATED[1:]:
+        for kl in LEVELS["γ"]:
+            gap = matched(found, "vcb", kl, *GOLD) - matched(found, name, kl, *GOLD)
+            if not np.isnan(gap).any():
+                between.setdefault((word(gap), f"{NAMES[name]}'s at"), []).append(f"{kl:g}")
+    for name in (name for name in OFF if name not in CALIBRATED):
+        for run in family(found, name):
+            gap = matched(found, "vcb", found.numbers(run, "kl"), *GOLD) - found.numbers(run, *GOLD)
+            if not np.isnan(gap).any():
+                sign, own = OWN[name]
+                value = own if run == name else SIGN.split(run)[2]
+                ends.setdefault((word(gap), f"{NAMES[name]}'s of {sign}"), []).append(value)
+    each = lambda told: "; ".join(f"{verdict} {whose} {listed(some)}" for (verdict, whose), some in told.items())
+    if not between or not ends:
+        return ""
+    return (
+        f" Final policies at equal KL, between several γ: VCB's gold reward is {each(between)} nats; at the KL where runs of the other three end, {each(ends)}."
+    )  # fmt: skip
 
 
 def answer_vcb(found: Found) -> str:
@@ -990,14 +1047,22 @@ def claim_tokens(found: Found) -> str:
     return f"Steps of Q at the word where two part, and in brackets those of the exact values: {'; '.join(each)}."
 
 
+def brief(text: str) -> str:
+    """The first two sentences of an answer, and those with something in bold."""
+    sentences = re.split(r"(?<=\.)\s+(?=[A-Z*])", text.removeprefix("**Answer.** "))
+    return " ".join(one for i, one in enumerate(sentences) if i < 2 or "**" in one)
+
+
 def claims(found: Found, real: dict) -> str:
     """The findings in short, at the head of EXPERIMENTS.md, each with the number of its question."""
     answers = {
-        "1": (answer_values, answer_moved, answer_tau), "2": (answer_2,), "3": (answer_ppo,), "4": (answer_gradient,), "5": (answer_off,),
+        "1": (answer_values, answer_moved, answer_tau), "2": (answer_2,), "3": (answer_ppo, answer_ladder), "4": (answer_gradient, answer_advantages), "5": (answer_off,),
         "6": (answer_over,), "7": (answer_implicit,), "8": (answer_teachers,), "9": (answer_baselines,),
     }  # fmt: skip
-    said = [(number, answer(found)) for number, some in answers.items() for answer in some] + [*real.items()]
-    return "\n".join(f"- **{number}.** {text.removeprefix('**Answer.** ')}" for number, text in said if text != NOT_YET)
+    asked = [(number, answer(found)) for number, some in answers.items() for answer in some]
+    told = [(number, brief(text)) for number, text in asked if text != NOT_YET]
+    told += [(title, text.removeprefix("**Answer.** ")) for title, text in real.items()]
+    return "\n".join(f"- **{number}.** {text}" for number, text in told)
 
 
 def _dig(row, path):
@@ -1008,8 +1073,8 @@ def _dig(row, path):
 
 ON = ("dvpo", "dvpo_q", "ppo", "remax", "rloo", "grpo", "reinforce++")
 OFF = ("vcb", "dpo", "ipo", "slic", "rrhf", "rest")
-CALIBRATED = ("vcb", "dpo", "ipo")  # those that gamma moves along KL
 BETAS = [f"{name}_beta_{beta}".replace(f"_beta_{OWN[name][1]}", "") for name in ("dvpo", "ppo") for beta in ("0.02", "0.05", "0.1", "0.2")]  # fmt: skip
+CALIBRATED = ("vcb", "dpo", "ipo")  # those that gamma moves along KL
 FULL = ("gold reward", "proxy (RM)", "KL to SFT", "malformed", "misaligned", "misaligned (gold)", "tokens", "EAD")
 
 
@@ -1066,6 +1131,7 @@ def tables() -> dict[str, callable]:
             "tau_policy": lambda: policies(toy, ("dvpo", "dvpo_no_tau_shown", "dvpo_no_tau", "dvpo_other_tau"), against="dvpo"),
             "readings": lambda: readings(toy, ("sft", "dvpo", "ppo", "grpo")),
             "targets": lambda: targets(toy),
+            "outcome": lambda: outcome(toy),
             "claim_outcome": lambda: claim_outcome(toy),
             "targets_policy": lambda: policies(toy, [gae for _, gae, _ in TARGETS.values() if gae], against="dvpo_no_tau")
             .replace(NAMES["dvpo_no_tau"], "outcome share 0.5"),  # here none has τ
@@ -1076,7 +1142,7 @@ def tables() -> dict[str, callable]:
             "advantages": lambda: policies(
                 toy, ("dvpo", "dvpo_lam_1", "dvpo_q_minus_v", "dvpo_q", "dvpo_q_position", "dvpo_q_start", "dvpo_released"), against="dvpo"
             ),
-            "gammas": lambda: policies(toy, [run for name in CALIBRATED for run in family(toy, name)], FULL, full=True),
+            "coefficients": lambda: policies(toy, [run for name in OFF for run in family(toy, name)], FULL, full=True),
             "matched": lambda: at_matched_kl(toy, CALIBRATED),
             "matched_all": lambda: all_at_matched_kl(toy, CALIBRATED),
             "their_kl": lambda: at_their_kl(toy, [name for name in OFF if name not in CALIBRATED], CALIBRATED),

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import report
 from experiments import page
-from experiments.page import CALIBRATED, OFF, ON, Found, family, interval
+from experiments.page import OFF, ON, Found, family, interval
 
 DOCS = page.ROOT / "docs"
 SAID = {"right_tau": "τ of the writer", "other_tau": "τ of another", "no_tau_shown": "none shown", "trained_without": "trained without τ",
@@ -128,12 +128,10 @@ def draw_frontier(found: Found, names, ink: str) -> Figure:
     )
 
 
-FRAME = 15  # nats; a run that broke down lies far outside
-
-
-def draw_coefficients(found: Found, names, ink: str) -> Figure:
-    """Final policies of one coefficient each, gold reward and proxy against KL: a line a method."""
-    figure = Figure((10, 4.6), layout="constrained")
+def draw_coefficients(found: Found, names, frame: float, ink: str) -> Figure:
+    """Final policies of one coefficient each, gold reward and proxy against KL: a line a method. Single seeds beyond `frame` nats
+    are counted below, not drawn: a run that broke down lies far outside."""
+    figure = Figure((10, 5.2), layout="constrained")
     axes, look = figure.subplots(1, 2), report.looks(names)
     best, beyond = [found.runs["sft"][str(seed)]["best_of_n"] for seed in found.seeds], set()
     for axis, path in zip(axes, (page.GOLD, ("proxy", "mean")), strict=True):
@@ -143,12 +141,15 @@ def draw_coefficients(found: Found, names, ink: str) -> Figure:
             colour, marker, dash = look[name]
             runs = family(found, name)
             x, y = (np.array([found.numbers(run, *one) for run in runs]) for one in (("kl",), path))
-            axis.plot(x[x < FRAME], y[x < FRAME], ".", color=colour, alpha=0.45, markersize=4)
+            axis.plot(x[x < frame], y[x < frame], ".", color=colour, alpha=0.45, markersize=4)
             beyond |= {
-                (run, seed) for run, some in zip(runs, x, strict=True) for seed, at in enumerate(some) if at >= FRAME
+                (run, seed) for run, some in zip(runs, x, strict=True) for seed, at in enumerate(some) if at >= frame
             }
             axis.plot(x.mean(1), y.mean(1), color=colour, marker=marker, linestyle=dash, label=plain(name))
-            for run, *at in zip(runs, x.mean(1), y.mean(1), strict=True):
+            ends = [
+                (run, *at) for run, *at in zip(runs, x.mean(1), y.mean(1), strict=True) if run in (runs[0], runs[-1])
+            ]
+            for run, *at in ends:
                 value = page.OWN[name][1] if run == name else run.rpartition("_")[2]
                 where = {
                     "textcoords": "offset points",
@@ -158,9 +159,12 @@ def draw_coefficients(found: Found, names, ink: str) -> Figure:
                 axis.annotate(value, at, (5, -3) if i % 2 else (-5, 3), fontsize=7.5, color=colour, **where)
     below = "KL to the SFT policy, nats a response"
     titles = [("gold reward, held-out prompts", below), ("proxy: the reward model's score, standardised", below)]
-    note = f"final policies, means of {seeds_of(found)}; small dots are single seeds, numbers the coefficients γ, β"
-    note += f"; of single seeds {len(beyond)} beyond {FRAME} nats" if beyond else ""
-    return finish(figure, axes, titles, ink, note, 6)
+    signs = ", ".join(dict.fromkeys(page.OWN[name][0] for name in names))
+    note = (
+        f"final policies, means of {seeds_of(found)}; small dots are single seeds, numbers the first and last {signs}"
+    )
+    note += f"; of single seeds {len(beyond)} beyond {frame:g} nats" if beyond else ""
+    return finish(figure, axes, titles, ink, note, 7)
 
 
 def draw_values(found: Found, ink: str) -> Figure:
@@ -228,6 +232,7 @@ GROUPS = {
         "advantages from the same Q": ("dvpo", "dvpo_lam_1", "dvpo_q_minus_v", "dvpo_q", "dvpo_q_position", "dvpo_q_start", "dvpo_released"),
         "targets of the GVM, no τ": ("dvpo_no_tau", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0"),
         "and with q": ("dvpo_q_no_tau", "dvpo_q_eq_2", "dvpo_q_paper"),
+        "outcome share 0.5 or none, with τ": ("dvpo", "dvpo_tau_all_tokens"),
     },
     "off_policy": {
         "VCB paper's methods": OFF,
@@ -296,9 +301,9 @@ def pictures(found: Found) -> dict:
         made["learning_curve"] = (draw_curves, found, there(("dvpo", "dvpo_q", "ppo")))
         made["learning_curves"] = (draw_curves, found, there(ON))
         made["frontier"] = (draw_frontier, found, [name for name in there((*ON, *OFF)) if points(found, name)])
-    for title, names in (("coefficients", CALIBRATED), ("betas", ("dvpo", "ppo"))):
+    for title, names, frame in (("coefficients", OFF, 4.5), ("betas", ("dvpo", "ppo"), 15)):
         if several := [name for name in names if len(family(found, name)) > 1]:
-            made[title] = (draw_coefficients, found, several)
+            made[title] = (draw_coefficients, found, several, frame)
     for name, groups in GROUPS.items():
         groups = {title: some for title, names in groups.items() if len(some := there(names)) > 1}
         if groups:

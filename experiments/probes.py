@@ -8,6 +8,7 @@ teachers   values of the SFT policy from the reward model (mean score of k conti
 moved      the same of DVPO's snapshots: does the frozen GVM still know a policy that has moved?
 gradient   at the SFT policy, for each advantage: noise over signal of a batch's gradient, and the cosine of its mean with
            that of the exact values
+pairs      fit of the GVM, and of the Bayes-optimal prediction, by how many pairs of tau are shown
 tokens     words of a few responses with their Q and their exact values
 targets    of the value models of question 2: the line of exact values on theirs, and correlation at the last token
 implicit   DPO's implicit reward, log pi - log pi_ref (and VCB's, IPO's), against gold, the reward model and length, on
@@ -155,6 +156,26 @@ def positions(bench) -> dict:
     return found | {"variance": [float(at(exact, t).var()) for t in range(width)]}
 
 
+def pairs(bench) -> dict:
+    """Whose texts -> predictor -> number of pairs shown -> fit to the exact values; four are more than the GVM was trained with."""
+    kinds = {"train": toy.TRAIN_POLICIES, "held_out": toy.HELD_OUT_POLICIES, "crowd": ("crowd",)}
+    found = {}
+    for kind, policies in kinds.items():
+        # measure.value_model's texts
+        texts = [x for x in demo.value_texts(sorted({*policies, "grouch"}), bench.seed) if x[0] in policies]
+        ended = [text.split() + [toy.EOS] for _, _, text, *_ in texts]
+        exact = [toy.exact_values(row[0], row[1], words)[1:] for row, words in zip(texts, ended, strict=True)]
+        said = {
+            "gvm": lambda k, texts=texts: bench.values(bench.folder / "gvm", [(x[1], x[2], x[3][:k]) for x in texts]),
+            "bayes": lambda k, texts=texts, ended=ended: [
+                toy.bayes_values(x[1], words, x[3][:k])[1:] for x, words in zip(texts, ended, strict=True)
+            ],
+        }
+        fit = lambda values, exact=exact: demo.fit(list(zip(values, exact, strict=True)))
+        found[kind] = {name: {k: fit(values(k)) for k in page.PAIRS} for name, values in said.items()}
+    return found
+
+
 def targets(bench, known: dict) -> dict:
     """GVM -> slope and offset of the line of exact values on its own (1 and 0: calibrated), over all tokens of the training
     policies' texts, and the correlation at the last."""
@@ -289,6 +310,7 @@ def main():
         "gradient": gradient,
         "implicit": implicit,
         "positions": positions,
+        "pairs": pairs,
         "tokens": tokens,
     }
     missing = [name for name in asked if name not in found]

@@ -54,8 +54,10 @@ def teachers() -> dict[str, Run]:
         "gvm": value(""),
         "rm": Run("rm", "--model {sft}", 270),
         "sample": Run("sample", "--policy {sft} --reward_model {rm} --data toy,toy,toy --n 16", 40),
+        "gvm_tau_4": value("--tau_pairs 4", 1100),
+        "gvm_tau_all_tokens": value("--outcome_share 0"),
         "gvm_no_tau": value("--tau_pairs 0", 350),
-        # what the targets do is asked without tau: half the time, and nothing of question 1 in it
+        # what the targets do is asked without tau: half the time, and nothing of question 1 in it; the outcome's share, a default, with
         "gvm_all_tokens": value("--tau_pairs 0 --outcome_share 0", 350),
         "gvm_td_0": value("--tau_pairs 0 --outcome_share 0 --td_lambda 0", 350),
         "gvm_td_95": value("--tau_pairs 0 --outcome_share 0 --td_lambda 0.95", 350),
@@ -224,6 +226,7 @@ def runs() -> dict[str, Run]:
         "dvpo_no_tau_shown": dvpo("--gvm {gvm} --tau_pairs 0"),
         "dvpo_other_tau": dvpo("--gvm {gvm}", "other_tau"),
         # question 2: what the targets do for the policy
+        "dvpo_tau_all_tokens": dvpo("--gvm {gvm_tau_all_tokens}"),
         "dvpo_all_tokens": dvpo("--gvm {gvm_all_tokens}"),
         "dvpo_td_95": dvpo("--gvm {gvm_td_95}"),
         "dvpo_td_0": dvpo("--gvm {gvm_td_0}"),
@@ -245,10 +248,11 @@ def runs() -> dict[str, Run]:
         for beta in ("0.02", "0.05", "0.1", "0.2"):
             if beta != CHOSEN[name][0]:
                 found[f"{name}_beta_{beta}"] = policy(name, beta=beta, snapshots=0)
-    for name, (script, values) in OFF_POLICY_GAMMA.items():
-        for gamma in values:
-            flags = f"--policy {{sft}} --data {{sample}} {script.partition(' ')[2]} --gamma {gamma}"
-            found[f"{name}_gamma_{gamma}"] = Run(script.split()[0], flags, 60)
+    for name, (sign, flag, values) in COEFFICIENTS.items():
+        script, _, own = OFF_POLICY[name].partition(" ")
+        for value, given in values.items():
+            flags = f"--policy {{sft}} --data {{sample}} {own} {flag} {given}"
+            found[f"{name}_{sign}_{value}"] = Run(script, flags, 60)
     vcb = lambda flags: Run("vcb", f"--policy {{sft}} --data {{sample}} {flags}", 60)
     found |= {f"vcb_n_{n}": vcb(f"--n {n}") for n in (2, 4, 8)}
     found |= {f"vcb_{pairs}": vcb(f"--pairs {pairs}") for pairs in ("full", "mean")}
@@ -269,10 +273,13 @@ OFF_POLICY = {
     "rrhf": "dpo --loss rrhf --nll_coef 10 --learning_rate 3e-4",
     "rest": "rest",
 }
-OFF_POLICY_GAMMA = {
-    "vcb": ("vcb", ("0.15", "0.35", "0.5")),
-    "dpo": ("dpo --loss dpo", ("0.5", "1.5", "2.5")),
-    "ipo": ("dpo --loss ipo", ("0.05", "0.2", "0.4")),
+COEFFICIENTS = {  # what moves a method along KL: its sign in a run's name, its flag (the last given counts), its values beside the own
+    "vcb": ("gamma", "--gamma", {x: x for x in ("0.15", "0.35", "0.5", "1")}),
+    "dpo": ("gamma", "--gamma", {x: x for x in ("0.5", "1.5", "2.5", "5")}),
+    "ipo": ("gamma", "--gamma", {x: x for x in ("0.05", "0.2", "0.4")}),
+    "slic": ("c", "--nll_coef", {x: x for x in ("0.3", "1")}),
+    "rrhf": ("c", "--nll_coef", {x: x for x in ("3", "30", "100", "1000")}),
+    "rest": ("steps", "--quantiles", {"1": "0.5", "2": "0.5 0.75", "4": "0.5 0.75 0.9 0.97"}),
 }
 
 
@@ -393,7 +400,7 @@ def commit() -> str:
 def lines(x, depth: int = 3) -> str:
     """JSON with a line for each run of a seed: a difference can be read, and the file is half as long as indented."""
     if not depth or not isinstance(x, dict):
-        return json.dumps(x)
+        return json.dumps(x, separators=(",", ":"))
     return "{" + ",".join(f"\n{json.dumps(key)}: {lines(value, depth - 1)}" for key, value in x.items()) + "\n}"
 
 

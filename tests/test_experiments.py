@@ -14,6 +14,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dpo
 import dvpo
+import rest
 import toy
 import vcb
 from eval import demo
@@ -143,8 +144,18 @@ def test_final_policies_are_compared_at_equal_kl_and_only_where_all_seeds_reach_
 def test_coefficients_that_the_page_says_are_those_of_the_runs():
     toys = {"vcb": vcb.Args().gamma, **{name: dpo.GAMMA[name][0] for name in ("dpo", "ipo")}}
     assert all("--gamma" not in run.OFF_POLICY[name] for name in toys)
-    on = {name: run.CHOSEN[name][0] for name in ("dvpo", "ppo")}
-    assert {name: float(value) for name, (_, value) in page.OWN.items()} == toys | {k: float(v) for k, v in on.items()}
+    own = {name: float(run.CHOSEN[name][0]) for name in ("dvpo", "ppo")} | toys
+    own |= {name: float(run.OFF_POLICY[name].split("--nll_coef ")[1].split()[0]) for name in ("slic", "rrhf")}
+    assert {name: float(value) for name, (_, value) in page.OWN.items()} == own | {"rest": len(rest.Args().quantiles)}
+    for name, (sign, flag, values) in run.COEFFICIENTS.items():
+        assert page.OWN[name][1] not in values  # no run twice
+        for value, given in values.items():
+            one = run.runs()[f"{name}_{sign}_{value}"]
+            args = tyro.cli(importlib.import_module(one.script).Args, args=one.flags.split(), use_underscores=True)
+            assert page.said(f"{name}_{sign}_{value}").endswith(f" {value}")
+            got = getattr(args, flag.removeprefix("--"))
+            assert got == (tuple(float(x) for x in given.split()) if name == "rest" else float(given))
+            assert len(given.split()) == int(value) if name == "rest" else given == value
 
 
 def test_a_table_between_its_marks_is_made_anew_and_the_rest_stays():
