@@ -141,6 +141,63 @@ def test_final_policies_are_compared_at_equal_kl_and_only_where_all_seeds_reach_
     )
 
 
+def test_vcb_is_compared_at_the_kl_where_runs_of_the_others_end():
+    row = lambda kl, gold: {"kl": kl, "gold": {"mean": gold}}
+    both = lambda kl, gold: {"0": row(kl, gold), "1": row(kl, gold + 0.01)}
+    line = {"vcb": both(1.0, 0.3), "vcb_gamma_0.15": both(3.0, 0.9)}
+    same = {
+        f"{name}{own}": line[f"vcb{other}"]
+        for name in ("dpo", "ipo")
+        for own, other in (("", ""), ("_gamma_0.01", "_gamma_0.15"))
+    }
+    runs = (
+        line
+        | same
+        | {"rrhf": both(2.0, 0.2), "rrhf_c_30": both(2.0, 0.9), "rest_steps_1": both(9.0, 9.0), "rest": both(2.0, 0.1)}
+    )
+    runs["rrhf_c_100"] = {"0": row(2.0, 0.5), "1": row(2.0, 0.7)}
+    found = page.Found({"seeds": [0, 1], "code": "", "runs": runs})
+    said = page.off_at_matched_kl(found)
+    assert (
+        "not distinguishable from DPO's at 1, 1.5, 2, 2.5 and 3; not distinguishable from IPO's at 1, 1.5, 2, 2.5 and 3 nats;"
+        in said
+    )
+    assert (
+        "end, above RRHF's of c 10; below RRHF's of c 30; not distinguishable from RRHF's of c 100; above ReST's of improve steps 3."
+        in said
+    )
+    rows = {line.split(" | ")[0]: line for line in page.at_their_kl(found, ["rrhf", "rest"], ["vcb"]).splitlines()}
+    assert rows["| RRHF, c 10"].endswith("| 0.40 [0.40, 0.40] |") and rows["| ReST, improve steps 1"].endswith("| – |")
+
+
+def test_the_outcomes_share_is_compared_at_equal_kl_too():
+    row = lambda kl, gold, bump=0.0: {
+        "kl": kl + bump,
+        "gold": {"mean": gold + bump},
+        "curve": [{"gold": gold, "kl": kl}] * 20,
+    }
+    fit = {which: {span: {"correlation": 0.8} for span in ("all", "first3")} for which in ("right_tau", "no_tau")}
+    both = lambda *row_of: {"0": row(*row_of), "1": row(*row_of, 0.01)}
+    runs = {name: {"0": fit, "1": fit} for _, *two in page.OUTCOME.values() for name, _ in two}
+    runs |= {name: both(4.0, 1.0) for _, *two in page.OUTCOME.values() for _, name in two}
+    runs |= {"dvpo_beta_0.2": both(2.0, 0.6), "dvpo_tau_all_tokens": both(3.0, 0.7)}
+    found = page.Found({"seeds": [0, 1], "code": "", "runs": runs})
+    said = page.claim_outcome(found)
+    assert (
+        "1.00 and 0.70, difference 0.30 [0.30, 0.30], at the latter's KL, between several β, 0.10" in said
+        and said.count("β") == 1
+    )
+    assert "| with τ | 0.5 | 0.800" in (told := page.outcome(found)) and "| 0.30 [0.30, 0.30] |" in told
+    del found.runs["dvpo_tau_all_tokens"]
+    assert page.claim_outcome(found) == page.NOT_YET
+
+
+def test_in_short_are_two_sentences_and_what_is_bold():
+    text = "**Answer.** Level (0.1 [0.0, 0.2]). PPO's 1.2. More. **But** not always. More."
+    assert page.brief(text) == "Level (0.1 [0.0, 0.2]). PPO's 1.2. **But** not always."
+    assert [page.listed(list(x)) for x in ("1", "12", "123")] == ["1", "1 and 2", "1, 2 and 3"]
+
+
 def test_coefficients_that_the_page_says_are_those_of_the_runs():
     toys = {"vcb": vcb.Args().gamma, **{name: dpo.GAMMA[name][0] for name in ("dpo", "ipo")}}
     assert all("--gamma" not in run.OFF_POLICY[name] for name in toys)
@@ -230,6 +287,9 @@ def test_from_runs_to_tables(small, monkeypatch, tmp_path):
         probes.main()
     report = json.loads(json.dumps({"seeds": [10, 11], "code": "", **run.gathered(wanted, (10, 11))}))
     assert set(report["runs"]) == set(names) - {"rm", "sample"}
+    for kind, shown in report["runs"]["gvm"]["10"]["pairs_shown"].items():  # as measure.py has it, of as many pairs
+        probed = report["probes"]["10"]["pairs"][kind]["gvm"]
+        assert set(probed) == {"0", "1", "2", "4"} and {k: probed[k] for k in shown} == shown
     monkeypatch.setattr(page, "ROOT", tmp_path)
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "toy.json").write_text(json.dumps(report))
