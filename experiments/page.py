@@ -62,7 +62,7 @@ YARDSTICKS = {
 MARK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 LOGGED = {"sft": ("sft",), "rm": ("rm",), "gvm": ("gvm",), "dvpo": ("dvpo", "dvpo_q"), "ppo": ("ppo",), "vcb": ("vcb",), "rest": ("rest",),
           "dpo": ("dpo", "ipo", "slic", "rrhf"), "reinforce": ("remax", "rloo", "grpo", "reinforce++")}  # fmt: skip
-PAGES = ("EXPERIMENTS.md", "README.md", "docs/faults.md", "docs/gvm.md")
+PAGES = ("EXPERIMENTS.md", "README.md", "docs/faults.md", "docs/gvm.md", "docs/vcb.md")
 NOT_YET = "*Not run yet.*"
 
 
@@ -630,6 +630,9 @@ def answer_values(found: Found) -> str:
         found.numbers(name, "pairs_shown", "held_out", k, "all", "correlation"), bounds=False
     )
     mean = lambda x: shown(x, bounds=False)
+    of_four = lambda kind, k: found.numbers("gvm_tau_4", "pairs_shown", kind, k, "all", "correlation")
+    more = lambda kind, k: f"{mean(of_four(kind, '4'))} with all four, {mean(of_four(kind, k))} with {'two' if k == '2' else 'none'} (difference {shown(of_four(kind, '4') - of_four(kind, k))})"  # fmt: skip
+    four = f" A GVM trained with four pairs: {more('train', '2')}; of a mixture {more('crowd', '0')}." if "gvm_tau_4" in found.runs else ""  # fmt: skip
     early, whole = (word(at("right_tau", span) - without(span)) for span in ("first3", "all"))
     head = "At the beginning of a response τ tells who writes: over" if early == "above" else "Over"
     later = (
@@ -639,7 +642,7 @@ def answer_values(found: Found) -> str:
         f"**Answer.** {head} the first three tokens the correlation is {mean(at('right_tau', 'first3'))} with the "
         f"writer's τ, {mean(without('first3'))} for a GVM trained without, {mean(at('other_tau', 'first3'))} with another policy's. Over all tokens it is {mean(at('right_tau', 'all'))} against "
         f"{mean(without('all'))} (difference {shown(at('right_tau', 'all') - without('all'))}){later}. Of policies never seen it is {unseen('gvm', '2')} with two "
-        f"pairs, {unseen('gvm', '0')} with none shown, {unseen('gvm_no_tau', '0')} for the GVM trained without."
+        f"pairs, {unseen('gvm', '0')} with none shown, {unseen('gvm_no_tau', '0')} for the GVM trained without.{four}"
     )  # fmt: skip
 
 
@@ -1133,6 +1136,7 @@ def tables() -> dict[str, callable]:
             "targets": lambda: targets(toy),
             "outcome": lambda: outcome(toy),
             "claim_outcome": lambda: claim_outcome(toy),
+            "claim_vcb": lambda: off_at_matched_kl(toy).strip().replace("Final", "In the toy world, final", 1) or NOT_YET,
             "targets_policy": lambda: policies(toy, [gae for _, gae, _ in TARGETS.values() if gae], against="dvpo_no_tau")
             .replace(NAMES["dvpo_no_tau"], "outcome share 0.5"),  # here none has τ
             "targets_q": lambda: policies(toy, [q for *_, q in TARGETS.values() if q], against="dvpo_q_no_tau"),
