@@ -29,7 +29,7 @@ NAMES = {
     "dvpo_lam_1": "`gae`, λ = 1 (Q_T − V)", "dvpo_q_minus_v": "`gae`, λ = 0 (Q − V)", "dvpo_q_position": "`q` less its position's mean",
     "dvpo_q_start": "`q` less V(s_1)", "dvpo_released": "the released code's values and GAE", "dvpo_no_tau": "GVM trained without τ",
     "dvpo_no_tau_shown": "GVM trained with τ, none shown", "dvpo_other_tau": "another policy's τ", "dvpo_all_tokens": "no outcome share",
-    "dvpo_tau_all_tokens": "GVM without outcome share", "dvpo_td_95": "TD(0.95)", "dvpo_td_0": "TD(0), eq. 1", "dvpo_q_no_tau": "`q`, outcome share 0.5", "dvpo_q_eq_2": "`q`, eq. 2, Monte-Carlo", "dvpo_q_paper": "`q`, eq. 1 and 2 (paper)", "vcb_full": "VCB, all i ≠ j",
+    "dvpo_tau_all_tokens": "no outcome share", "dvpo_td_95": "TD(0.95)", "dvpo_td_0": "TD(0), eq. 1", "dvpo_q_no_tau": "`q`, outcome share 0.5", "dvpo_q_eq_2": "`q`, eq. 2, Monte-Carlo", "dvpo_q_paper": "`q`, eq. 1 and 2 (paper)", "vcb_full": "VCB, all i ≠ j",
     "vcb_mean": "VCB, mean of pairs", "dpo_length_penalty": "DPO, length penalty 0.1", "vcb_n_2": "VCB, n = 2", "vcb_n_4": "VCB, n = 4",
     "vcb_n_8": "VCB, n = 8", "vcb_noise_1": "VCB, noisy scores", "dpo_noise_1": "DPO, noisy scores", "rest_noise_1": "ReST, noisy scores",
     "rm": "reward model", "astar": "A*-PO, four updates a rollout", "astar_once": "A*-PO, one update a rollout", "online_dpo": "online DPO",
@@ -71,6 +71,12 @@ def said(name: str, full: bool = False) -> str:
     base, _, value = SIGN.sub(" ", name).partition(" ")
     sign, own = OWN.get(base, ("", ""))
     return f"{NAMES[base]}, {sign} {value or own}" if value or full else NAMES[name]
+
+
+def coefficient(run: str) -> float:
+    """Of a run, its own or the method's; 0 of a method that has none."""
+    base, *own = SIGN.split(run)
+    return float(own[-1] if own else OWN.get(base, ("", 0))[1])
 
 
 class Found:
@@ -183,8 +189,7 @@ def equal_kl(found: Found, names, levels=(1.0, 2.0, 3.0, 4.0)) -> str:
 
 def family(found: Found, name: str) -> list[str]:
     """A method's runs at all its coefficients, the smallest first."""
-    value = lambda run: float(run.rpartition("_")[2] if run != name else OWN.get(name, ("", 0))[1])
-    return sorted((run for run in found.runs if SIGN.split(run)[0] == name), key=value)
+    return sorted((run for run in found.runs if SIGN.split(run)[0] == name), key=coefficient)
 
 
 def matched(found: Found, name: str, kl: float | np.ndarray, *path) -> np.ndarray:
@@ -217,30 +222,56 @@ def at_matched_kl(found: Found, names) -> str:
     if any(len(family(found, name)) < 2 for name in names):
         return NOT_YET
     steps = LEVELS[OWN[names[0]][0]]
-    full = lambda x: "–" if np.isnan(x).any() else shown(x)  # a mean over some of the seeds would be of the mildest
-    rows = [[NAMES[name], *(full(matched(found, name, kl, *GOLD)) for kl in steps)] for name in names]
+    rows = [[NAMES[name], *(of_all(matched(found, name, kl, *GOLD)) for kl in steps)] for name in names]
     return table(["gold reward of final policies at a KL of", *map(nats, steps)], rows)
 
 
+def of_all(x: np.ndarray, digits: int = 2) -> str:
+    """`shown`, but a dash where a seed is missing: a mean over the others would be of the mildest."""
+    return "–" if np.isnan(x).any() else shown(x, digits)
+
+
+def gap_at_end(found: Found, name: str, run: str) -> np.ndarray:
+    """Gold reward of a method, between its coefficients, at the KL where another's run ended, less that run's, a number a seed."""
+    return matched(found, name, found.numbers(run, "kl"), *GOLD) - found.numbers(run, *GOLD)
+
+
 def at_their_kl(found: Found, names, others) -> str:
-    """Methods whose coefficient is not of the KL: the others' final policies, between coefficients, at the KL where each run ended."""
+    """Every run of names: what the others are worth at the KL where it ended."""
     runs = [run for name in names for run in family(found, name)]
     if any(len(family(found, other)) < 2 for other in others) or not runs:
         return NOT_YET
-    at = lambda run, other: matched(found, other, found.numbers(run, "kl"), *GOLD) - found.numbers(run, *GOLD)
-    full = lambda x: "–" if np.isnan(x).any() else shown(x)
-    rows = [
-        [
-            said(run, True),
-            shown(found.numbers(run, "kl"), 1),
-            shown(found.numbers(run, *GOLD)),
-            *(full(at(run, other)) for other in others),
-        ]
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        own = [said(run, True), shown(found.numbers(run, "kl"), 1), shown(found.numbers(run, *GOLD))]
+        rows.append([*own, *(of_all(gap_at_end(found, other, run), 3) for other in others)])
     return table(
-        ["", "KL to SFT", "gold reward", *(f"{NAMES[other]}'s gold at this KL − its own" for other in others)], rows
+        ["", "KL to SFT", "gold reward", *(f"{NAMES[other]}'s gold at this KL, less this run's" for other in others)],
+        rows,
     )
+
+
+def bent(found: Found, names) -> np.ndarray:
+    """How far each run with a neighbour on both sides lies above the straight line between these: gold reward, means over seeds."""
+    out = []
+    for name in names:
+        runs = family(found, name)
+        for run in runs[1:-1]:
+            rest = Found({"runs": {x: found.runs[x] for x in runs if x != run}, "seeds": found.seeds})
+            line = matched(rest, name, found.numbers(run, "kl"), *GOLD)
+            if not np.isnan(line).all():
+                out.append(np.nanmean(found.numbers(run, *GOLD) - line))
+    return np.array(out)
+
+
+def about_lines(found: Found) -> str:
+    above = bent(found, CALIBRATED)
+    if not len(above):
+        return NOT_YET
+    return (
+        f"Between two runs the line is straight, the curve is not: left out one by one, these methods' runs lie {above.mean():.2f} above the line between their neighbours on the "
+        f"mean, {above.max():.2f} at most. A comparison with a line is against the line by less than that."
+    )  # fmt: skip
 
 
 def all_at_matched_kl(found: Found, names) -> str:
@@ -365,18 +396,28 @@ def pairs_shown(found: Found) -> str:
         ("held_out", "never seen"),
         ("crowd", "a mixture (as SFT)"),
     ):
+        run = lambda name, k, *path, kind=kind: found.numbers(name, "pairs_shown", kind, k, *path)
+        probe = lambda name, k, *path, kind=kind: found.probed("pairs", kind, name, k, *path)
         of = {
-            "GVM": lambda k, *path, kind=kind: found.probed("pairs", kind, "gvm", k, *path),
-            "GVM trained with four": lambda k, *path, kind=kind: found.numbers("gvm_tau_4", "pairs_shown", kind, k, *path),
-            "Bayes-optimal": lambda k, *path, kind=kind: found.probed("pairs", kind, "bayes", k, *path),
-        }  # fmt: skip
+            "GVM, two pairs at most": lambda *at, probe=probe: probe("gvm", *at),
+            "four at most": lambda *at, run=run: run("gvm_tau_4", *at),
+            "none": lambda *at, run=run: run("gvm_no_tau", *at),
+            "Bayes": lambda *at, probe=probe: probe("bayes", *at),
+        }
         for name, at in of.items():
-            row = [shown(at(str(k), "all", "correlation"), bounds=name != "Bayes-optimal") for k in PAIRS]
+            row = [shown(at(str(k), "all", "correlation"), bounds=name != "Bayes") for k in PAIRS]
             row += [shown(at(str(k), "first3", "mse"), 3, bounds=False) for k in PAIRS]
             if set(row) != {"–"}:
                 rows.append([title, name, *row])
-    head = [f"correlation, τ of {k}" for k in PAIRS] + [f"MSE of the first three, τ of {k}" for k in PAIRS]
-    return table(["texts by", "", *head], rows) if rows else NOT_YET
+    if not rows:
+        return NOT_YET
+    shows = ["no pair", *(f"{k} pair{'s' * (k > 1)}" for k in PAIRS[1:])]
+    head = [f"{what}, {k}" for what in ("correlation, all tokens", "MSE of the first three") for k in shows]
+    steps = {text: found.numbers(name, "summary", "steps") for name, text in
+             (("gvm_no_tau", "without τ"), ("gvm", "with two pairs"), ("gvm_tau_4", "with four"))}  # fmt: skip
+    told = ", ".join(f"{shown(x, 0, bounds=False)} {text}" for text, x in steps.items() if not np.isnan(x).all())
+    note = f"All of these GVMs read the same answers, but a training row holds as many as τ and one more, so not in as many optimizer steps: {told}."
+    return f"{table(['texts by', 'trained with', *head], rows)}\n\n{note}"
 
 
 def readings(found: Found, names) -> str:
@@ -606,7 +647,10 @@ def word(gap: np.ndarray) -> str:
     _, low, high = interval(gap)
     if math.isnan(low):
         return "on too few seeds to be compared with"
-    return "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
+    return "above" if low > 0 else "below" if high < 0 else LEVEL
+
+
+LEVEL = "not distinguishable from"
 
 
 def listed(some: list[str]) -> str:
@@ -630,9 +674,14 @@ def answer_values(found: Found) -> str:
         found.numbers(name, "pairs_shown", "held_out", k, "all", "correlation"), bounds=False
     )
     mean = lambda x: shown(x, bounds=False)
-    of_four = lambda kind, k: found.numbers("gvm_tau_4", "pairs_shown", kind, k, "all", "correlation")
-    more = lambda kind, k: f"{mean(of_four(kind, '4'))} with all four, {mean(of_four(kind, k))} with {'two' if k == '2' else 'none'} (difference {shown(of_four(kind, '4') - of_four(kind, k))})"  # fmt: skip
-    four = f" A GVM trained with four pairs: {more('train', '2')}; of a mixture {more('crowd', '0')}." if "gvm_tau_4" in found.runs else ""  # fmt: skip
+    shown_of = lambda name, kind, k: found.numbers(name, "pairs_shown", kind, k, "all", "correlation")
+    more = lambda kind: shown(shown_of("gvm_tau_4", kind, "4") - shown_of("gvm", kind, "2"))
+    four = ""
+    if "gvm_tau_4" in found.runs:
+        four = (
+            f"¶ Four pairs, of a GVM trained with four, change the correlation over all tokens that two have by {more('train')} for policies of training, {more('held_out')} for those never "
+            f"seen, {more('crowd')} for a mixture."
+        )  # fmt: skip
     early, whole = (word(at("right_tau", span) - without(span)) for span in ("first3", "all"))
     head = "At the beginning of a response τ tells who writes: over" if early == "above" else "Over"
     later = (
@@ -669,12 +718,15 @@ def answer_ppo(found: Found) -> str:
     kl = lambda name: shown(found.numbers(name, "kl"), 1, bounds=False)
     gap = lambda level: at_kl(found, "dvpo", level) - at_kl(found, "ppo", level)
     reach = [x for x in (1.0, 2.0, 3.0, 4.0) if not np.isnan(gap(x)).any()]
-    early = "; ".join(f"{nats(x)}, {word(gap(x))} PPO's ({shown(gap(x))})" for x in reach) or "1 nat, not compared"
+    early = (
+        "; ".join(f"{nats(x)}, `gae`'s is {word(gap(x))} PPO's ({shown(gap(x))})" for x in reach)
+        or "1 nat, not compared"
+    )
     both = ("dvpo", "ppo")
     ends = lambda kl: matched(found, "dvpo", kl, *GOLD) - matched(found, "ppo", kl, *GOLD)
     equal = levels(found, both) if all(len(family(found, name)) > 1 for name in both) else []
     final = "".join(
-        f" Of final policies, between several β, it is at {nats(x)} {word(ends(x))} PPO's ({shown(ends(x))})."
+        f" Of final policies, between several β, `gae`'s is at {nats(x)} {word(ends(x))} PPO's ({shown(ends(x))})."
         for x in equal
     )
     steps, ill = steps_to(found, "dvpo"), broken(found, "dvpo")
@@ -693,19 +745,19 @@ def answer_ppo(found: Found) -> str:
         peak = max(np.convolve(one, np.ones(10) / 10, "valid").max() for one in curve(found, "dvpo", "kl")[at])
         last = ", ".join(f"{x:.2f}" for x in curve(found, "dvpo")[at, -10:].mean(1))
         trouble = (
-            f" **On seed {', '.join(ill)} it broke down on the way**: a ten-step mean of gold as low as {low:.2f}, of KL as high as {peak:.0f}, and "
+            f" **On seed {', '.join(ill)} `gae` broke down on the way**: a ten-step mean of gold as low as {low:.2f}, of KL as high as {peak:.0f}, and "
             f"{last} over the last ten steps ({', '.join(f'{x:.2f}' for x in end)} of the final policy); {rest}."
         ).replace("-", "−").replace("ten−step", "ten-step")  # fmt: skip
     return (
-        f"**Answer.** DVPO's gold reward is {against(found, 'dvpo', 'ppo', *GOLD)}, at a KL of {kl('dvpo')} against {kl('ppo')}; where "
-        f"rollouts first come to a KL of {early}. The paper's own advantage, `q`, is {against(found, 'dvpo_q', 'ppo', *GOLD)}.{final} It comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
-        f"{len(steps)} seeds.{trouble} What DVPO saves is the critic and "
-        f"its update ([docs/ppo_to_dvpo.md](docs/ppo_to_dvpo.md)); a frozen GVM stands where the reward model was. {fewer}"
+        f"**Answer.** DVPO's gold reward with `gae` is {against(found, 'dvpo', 'ppo', *GOLD)}, at a KL of {kl('dvpo')} against {kl('ppo')}; with the paper's `q` it is "
+        f"{against(found, 'dvpo_q', 'ppo', *GOLD)}.{final} `gae` comes to 95 % of the way to PPO's plateau on {(~np.isnan(steps)).sum()} of "
+        f"{len(steps)} seeds. {fewer}{trouble}¶ Early in training, where rollouts first come to a KL of {early}. What DVPO saves is the critic and "
+        "its update ([docs/ppo_to_dvpo.md](docs/ppo_to_dvpo.md)); a frozen GVM stands where the reward model was."
     )  # fmt: skip
 
 
-def gold(found: Found, name: str) -> str:
-    return shown(found.numbers(name, *GOLD), bounds=False)
+def gold(found: Found, name: str, bounds: bool = False) -> str:
+    return shown(found.numbers(name, *GOLD), bounds=bounds)
 
 
 def fell(found: Found, name: str) -> str:
@@ -731,7 +783,15 @@ def answer_tau(found: Found) -> str:
     seen = (
         "a gain from τ is seen" if all(worse) else "not all tell the same" if any(worse) else "no gain from τ is seen"
     )
-    return f"For the policy {seen}: DVPO's gold reward is {gold(found, 'dvpo')} with τ of its own rollout{fell(found, 'dvpo')}; {rest}."
+    plain = ("dvpo_all_tokens", "dvpo_tau_all_tokens")
+    also = ""
+    if set(plain) <= found.runs.keys():
+        kl = [shown(found.numbers(name, "kl"), 1, bounds=False) for name in plain]
+        also = (
+            f" With GVMs that weigh all tokens alike it is {gold(found, plain[0])} without τ and {gold(found, plain[1])} with, difference "
+            f"{shown(found.numbers(plain[0], *GOLD) - found.numbers(plain[1], *GOLD))}, at a KL of {kl[0]} against {kl[1]}."
+        )
+    return f"For the policy {seen}: DVPO's gold reward is {gold(found, 'dvpo')} with τ of its own rollout{fell(found, 'dvpo')}; {rest}.{also}"
 
 
 def answer_2(found: Found) -> str:
@@ -745,14 +805,18 @@ def answer_2(found: Found) -> str:
     for name in rest:
         told.setdefault(word(of(name) - of(best)), []).append(f"{TARGETS[name][0]} ({shown(of(name) - of(best))})")
     others = "; ".join(f"{verdict} it: {', '.join(some)}" for verdict, some in told.items())
+    simplest = (
+        f"The simplest GVM, without τ and with all tokens alike, makes a policy whose gold reward is {against(found, 'dvpo_all_tokens', 'dvpo', *GOLD)}, of the default GVM, and which breaks "
+        f"down on {len(broken(found, 'dvpo_all_tokens'))} of {len(found.seeds)} seeds."
+    )  # fmt: skip
     made = "; ".join(
         f"with `{form}` "
         + ", ".join(f"{gold(found, row[at])}{fell(found, row[at])} of {row[0]}" for row in TARGETS.values() if row[at])
         for at, form in ((1, "gae"), (2, "q"))
     )
     return (
-        f"**Answer.** Nearest to the exact values is {TARGETS[best][0]} (correlation {shown(of(best), bounds=False)}); {others}. The gold reward of the policy that DVPO "
-        f"makes of them: {made}. {claim_outcome(found)}"
+        f"**Answer.** Nearest to the exact values is {TARGETS[best][0]} (correlation {shown(of(best), bounds=False)}); {others}. {answer_outcome(found)} The gold reward of the policy that DVPO "
+        f"makes of them: {made}. {simplest}"
     )  # fmt: skip
 
 
@@ -765,12 +829,14 @@ OUTCOME = {  # a GVM -> (how it reads, the GVM and the policy where half of the 
 def outcome(found: Found) -> str:
     rows = []
     for text, (which, *both) in OUTCOME.items():
-        of = lambda gvm, *path, which=which: found.numbers(gvm, which, *path)
+        if any(name not in found.runs for pair in both for name in pair):
+            continue
         golds = [found.numbers(policy, *GOLD) for _, policy in both]
-        for (gvm, policy), said in zip(both, ("0.5", "0, all tokens alike"), strict=True):
-            row = [shown(of(gvm, span, "correlation"), 3) for span in ("all", "first3")]
-            row += [shown(golds[said != "0.5"]), shown(found.numbers(policy, "kl"), 1)]
-            rows.append([text, said, *row, shown(golds[0] - golds[1]) if said == "0.5" else "–"])
+        gaps = [shown(golds[0] - golds[1]), "–"]
+        for (gvm, policy), said, gap in zip(both, ("half of it", "none: all tokens alike"), gaps, strict=True):
+            row = [shown(found.numbers(gvm, which, span, "correlation"), 3) for span in ("all", "first3")]
+            row += [f"{gold(found, policy, True)}{fell(found, policy)}", shown(found.numbers(policy, "kl"), 1), gap]
+            rows.append([text, said, *row])
     head = [
         "correlation, all tokens",
         "first three",
@@ -778,27 +844,29 @@ def outcome(found: Found) -> str:
         "KL to SFT",
         "gold − all tokens alike, paired",
     ]
-    return table(["GVM", "outcome's share of the loss", *head], rows)
+    return table(["GVM", "extra weight of the last token", *head], rows) if rows else NOT_YET
 
 
-def claim_outcome(found: Found) -> str:
-    """docs/gvm.md: what the outcome's share of the loss is good for."""
-    said = []
-    for text, (which, *both) in OUTCOME.items():
-        if any(name not in found.runs for pair in both for name in pair):
+def answer_outcome(found: Found) -> str:
+    """What the outcome's share of the loss is good for, in short and in full."""
+    told = []
+    for text, (which, (gvm, one), (plain, other)) in OUTCOME.items():
+        if any(name not in found.runs for name in (gvm, one, plain, other)):
             return NOT_YET
-        value = [found.numbers(gvm, which, "all", "correlation") for gvm, _ in both]
-        policy = [found.numbers(name, *GOLD) for _, name in both]
-        golds = " and ".join(f"{gold(found, name)}{fell(found, name)}" for _, name in both)
-        said.append(
-            f"{text}, correlation with the exact values {' and '.join(shown(x, bounds=False) for x in value)}, difference {shown(value[0] - value[1])}; DVPO's gold reward "
-            f"{golds}, difference {shown(policy[0] - policy[1])}"
+        fit = lambda span, which=which, gvm=gvm, plain=plain: shown(
+            found.numbers(gvm, which, span, "correlation") - found.numbers(plain, which, span, "correlation"), 3
         )
-        (_, one), (_, other) = both
-        if len(family(found, one)) > 1:
-            equal = matched(found, one, found.numbers(other, "kl"), *GOLD) - policy[1]
-            said[-1] += f", at the latter's KL, between several β, {shown(equal)}"
-    return f"In the toy world a share of 0.5 against all tokens alike: {'; '.join(said)}."
+        gap = found.numbers(one, *GOLD) - found.numbers(other, *GOLD)
+        ill = {*broken(found, one), *broken(found, other)}
+        well = gap[[str(seed) not in ill for seed in found.seeds]]
+        equal = gap_at_end(found, one, other) if len(family(found, one)) > 1 else np.array([])
+        more = f", {shown(equal)} at equal KL" if len(equal) else ""
+        more += f"; {shown(well)} without seed {listed(sorted(ill))}, where a policy breaks down" if ill else ""
+        told.append(
+            f"{text} it changes the correlation with the exact values by {fit('first3')} over the first three tokens, by {fit('all')} over all, and the policy's gold reward by "
+            f"{shown(gap)} at {shown(found.numbers(one, 'kl') - found.numbers(other, 'kl'), 1)} nats more KL{more}."
+        )
+    return f"Half of the loss on the last token, our default, against all tokens alike: {told[0]}¶ {told[1][0].upper()}{told[1][1:]}"
 
 
 def answer_breakdown(found: Found) -> str:
@@ -858,9 +926,9 @@ def answer_gradient(found: Found) -> str:
     of = lambda key: [interval(found.probed("gradient", name, key))[0] for name in FORMS]
     ends = f"of all forms the cosine is {min(of('cosine')):.2f} at least, the noise over signal {min(of('noise')):.1f} to {max(of('noise')):.1f}"
     return (
-        f"**Answer.** Cosine with the gradient of exact Q − V, and noise over signal of a batch of 32: {ends}. With exact values: Q − V 1 by definition and "
-        f"{at('exact_q_minus_v', 'noise', 1)}, `gae` {both('exact_gae')}, the paper's `q` {both('exact_q')}. With the GVM's: Q − V {both('gvm_q_minus_v')}, `gae` {both('gvm_gae')}, `q` {both('gvm_q')}. "
-        f"A whole response weighted by the reward model's score has {both('reward_rm')}, by the gold reward itself {both('reward_gold')}."
+        f"**Answer.** Cosine with the gradient of exact Q − V, and noise over signal of a batch of 32: with the GVM's values Q − V has {both('gvm_q_minus_v')}, `gae` {both('gvm_gae')}, `q` {both('gvm_q')}; "
+        f"a whole response weighted by the reward model's score {both('reward_rm')}.¶ With exact values: Q − V 1 by definition and "
+        f"{at('exact_q_minus_v', 'noise', 1)}, `gae` {both('exact_gae')}, the paper's `q` {both('exact_q')}; by the gold reward itself {both('reward_gold')}; {ends}."
     )  # fmt: skip
 
 
@@ -870,34 +938,42 @@ def answer_off(found: Found) -> str:
     rates = {name: np.nanmean(found.numbers(name, "misaligned")) for name in OFF if name in found.runs}
     least = min(rates, key=rates.get)
     level = [np.nanmean(found.numbers(name, "kl")) for name in ("vcb", best)]
+    equal = "" if (equal := off_at_matched_kl(found)) == NOT_YET else equal
     return (
-        f"**Answer.** Of the off-policy methods at their own settings VCB's gold reward is {against(found, 'vcb', best, *GOLD)}, the best of the others; their KLs are {level[0]:.1f} and {level[1]:.1f}.{off_at_matched_kl(found)} At "
+        f"**Answer.** Of the off-policy methods at their own settings VCB's gold reward is {against(found, 'vcb', best, *GOLD)}, the best of the others; their KLs are {level[0]:.1f} and {level[1]:.1f}. {equal}¶ At "
         f"the methods' own settings the lowest misalignment is {NAMES[least]}'s, {100 * rates[least]:.1f} % (VCB {100 * rates['vcb']:.1f} %)."
     )  # fmt: skip
 
 
 def off_at_matched_kl(found: Found) -> str:
     if any(len(family(found, name)) < 2 for name in CALIBRATED):
-        return ""
-    between, ends = {}, {}
+        return NOT_YET
+    told = []
     for name in CALIBRATED[1:]:
+        at = {}
         for kl in LEVELS["γ"]:
             gap = matched(found, "vcb", kl, *GOLD) - matched(found, name, kl, *GOLD)
             if not np.isnan(gap).any():
-                between.setdefault((word(gap), f"{NAMES[name]}'s at"), []).append(f"{kl:g}")
+                at.setdefault(word(gap), []).append(f"{kl:g}")
+        if at:
+            told.append(
+                f"{', '.join(f'{verdict} {NAMES[name]} at {listed(some)}' for verdict, some in at.items())} nats"
+            )
+    ends = {}
     for name in (name for name in OFF if name not in CALIBRATED):
         for run in family(found, name):
-            gap = matched(found, "vcb", found.numbers(run, "kl"), *GOLD) - found.numbers(run, *GOLD)
-            if not np.isnan(gap).any():
-                sign, own = OWN[name]
-                value = own if run == name else SIGN.split(run)[2]
-                ends.setdefault((word(gap), f"{NAMES[name]}'s of {sign}"), []).append(value)
-    each = lambda told: "; ".join(f"{verdict} {whose} {listed(some)}" for (verdict, whose), some in told.items())
-    if not between or not ends:
-        return ""
-    return (
-        f" Final policies at equal KL, between several γ: VCB's gold reward is {each(between)} nats; at the KL where runs of the other three end, {each(ends)}."
-    )  # fmt: skip
+            gap = gap_at_end(found, "vcb", run)
+            verdict = "not compared, since beyond VCB's runs, is" if np.isnan(gap).any() else word(gap)
+            ends.setdefault(verdict, {}).setdefault(name, []).append(f"{coefficient(run):g}")
+    of = lambda some: ", ".join(f"{NAMES[name]} of {OWN[name][0]} {listed(values)}" for name, values in some.items())
+    others = f" At the KL where runs of the other three end it is {'; '.join(f'{verdict} {of(some)}' for verdict, some in ends.items())}." if ends else ""  # fmt: skip
+    most = [
+        max(family(found, name), key=lambda run: found.numbers(run, *GOLD).mean())
+        for name in OFF
+        if family(found, name)
+    ]
+    at = lambda run: f"{said(run, True)}: {gold(found, run)} at {shown(found.numbers(run, 'kl'), 1, bounds=False)} nats"
+    return f"At equal KL, between several γ, VCB's gold reward is {'; '.join(told)}.{others} Each method's most gold reward: {'; '.join(map(at, most))}."
 
 
 def answer_vcb(found: Found) -> str:
@@ -926,6 +1002,7 @@ def answer_over(found: Found) -> str:
         if row.get("points")
     }
     seen = [name for name, *_ in report.over_optimised(lines)]
+    short, full = over_by_coefficient(found)
     drawn = [found.runs["sft"][str(seed)]["best_of_n"] for seed in found.seeds]
     best = np.mean([[(row["kl"], row["gold"]) for row in some] for some in drawn], 0)
     line = lambda kl, some: np.interp(
@@ -938,14 +1015,14 @@ def answer_over(found: Found) -> str:
     below = f"; at their own KL, where that is no greater, {below}" if below else ""
     return (
         f"**Answer.** Within a run, a final gold reward below an earlier one while the proxy is above, gold beyond its noise, is seen in {len(seen)} of {len(lines)} "
-        f"runs{' (' + ', '.join(seen) + ')' if seen else ''}. Best of {2 ** (len(best) - 1)} of the SFT policy has gold reward {best[-1, 1]:.2f} at a KL of "
-        f"{best[-1, 0]:.1f} at most{below}.{over_by_coefficient(found)}"
+        f"runs{' (' + ', '.join(seen) + ')' if seen else ''}.{short}¶ Best of {2 ** (len(best) - 1)} of the SFT policy has gold reward {best[-1, 1]:.2f} at a KL of "
+        f"{best[-1, 0]:.1f} at most{below}.{full}"
     )  # fmt: skip
 
 
-def over_by_coefficient(found: Found) -> str:
-    """Whether the smallest coefficient's policy has more proxy and less gold than the method's own."""
-    out = []
+def over_by_coefficient(found: Found) -> tuple[str, str]:
+    """Whether the smallest coefficient's policy has more proxy and less gold than the method's own, in short and in full."""
+    out, verdicts = [], {}
     for name in ("dvpo", "ppo", *CALIBRATED):
         runs = family(found, name)
         if not runs or runs[0] == name or np.isnan(found.numbers(runs[0], "kl")).any():
@@ -953,10 +1030,18 @@ def over_by_coefficient(found: Found) -> str:
         gap = lambda *path, least=runs[0], name=name: found.numbers(least, *path) - found.numbers(name, *path)
         kl = shown(found.numbers(runs[0], "kl"), 1, bounds=False)
         ill = fell(found, runs[0]) if name in ON else ""  # what breaks down has not over-optimised a proxy
+        for path in (("proxy", "mean"), GOLD):
+            verdicts.setdefault((path[0], word(gap(*path))), []).append(NAMES[name])
         out.append(
             f"{said(runs[0], True)} (KL {kl}){ill}: gold {shown(gap(*GOLD))}, proxy {shown(gap('proxy', 'mean'))}"
         )
-    return f" Of the smallest coefficients, less the method's own: {'; '.join(out)}." if out else ""
+    if not out:
+        return "", ""
+    who = lambda *verdict: listed(verdicts.get(verdict, ["no method"]))
+    return (
+        f" The smallest coefficient's policy has more proxy than the own coefficient's with {who('proxy', 'above')}; less gold, beyond its noise, with {who('gold', 'below')}.",
+        f" Of the smallest coefficients, less the method's own: {'; '.join(out)}.",
+    )  # fmt: skip
 
 
 def answer_implicit(found: Found) -> str:
@@ -972,7 +1057,7 @@ def answer_implicit(found: Found) -> str:
     )
     return (
         f"**Answer.** DPO's implicit reward puts {at('dpo', 'gold')} of pairs in the gold order, VCB's {at('vcb', 'gold')}; the reward model that both learned "
-        f"from {at('rm', 'gold')}. DPO's less the reward model's: {gap_of_order}. The implicit reward's correlation with length is {length('dpo')}, the reward model's {length('rm')}.{penalised}"
+        f"from {at('rm', 'gold')}. DPO's less the reward model's: {gap_of_order}.¶ The implicit reward's correlation with length is {length('dpo')}, the reward model's {length('rm')}.{penalised}"
     )  # fmt: skip
 
 
@@ -1051,9 +1136,8 @@ def claim_tokens(found: Found) -> str:
 
 
 def brief(text: str) -> str:
-    """The first two sentences of an answer, and those with something in bold."""
-    sentences = re.split(r"(?<=\.)\s+(?=[A-Z*])", text.removeprefix("**Answer.** "))
-    return " ".join(one for i, one in enumerate(sentences) if i < 2 or "**" in one)
+    """What stands before the mark ¶, which `rewritten` takes out."""
+    return text.removeprefix("**Answer.** ").partition("¶")[0]
 
 
 def claims(found: Found, real: dict) -> str:
@@ -1063,8 +1147,7 @@ def claims(found: Found, real: dict) -> str:
         "6": (answer_over,), "7": (answer_implicit,), "8": (answer_teachers,), "9": (answer_baselines,),
     }  # fmt: skip
     asked = [(number, answer(found)) for number, some in answers.items() for answer in some]
-    told = [(number, brief(text)) for number, text in asked if text != NOT_YET]
-    told += [(title, text.removeprefix("**Answer.** ")) for title, text in real.items()]
+    told = [(number, brief(text)) for number, text in [*asked, *real.items()] if text != NOT_YET]
     return "\n".join(f"- **{number}.** {text}" for number, text in told)
 
 
@@ -1135,8 +1218,9 @@ def tables() -> dict[str, callable]:
             "readings": lambda: readings(toy, ("sft", "dvpo", "ppo", "grpo")),
             "targets": lambda: targets(toy),
             "outcome": lambda: outcome(toy),
-            "claim_outcome": lambda: claim_outcome(toy),
-            "claim_vcb": lambda: off_at_matched_kl(toy).strip().replace("Final", "In the toy world, final", 1) or NOT_YET,
+            "claim_outcome": lambda: answer_outcome(toy),
+            "claim_vcb": lambda: off_at_matched_kl(toy),
+            "about_lines": lambda: about_lines(toy),
             "targets_policy": lambda: policies(toy, [gae for _, gae, _ in TARGETS.values() if gae], against="dvpo_no_tau")
             .replace(NAMES["dvpo_no_tau"], "outcome share 0.5"),  # here none has τ
             "targets_q": lambda: policies(toy, [q for *_, q in TARGETS.values() if q], against="dvpo_q_no_tau"),
@@ -1176,7 +1260,7 @@ def tables() -> dict[str, callable]:
 
 def rewritten(text: str, made: dict) -> str:
     """The page with each table that can be made anew; of the others, that there is nothing yet."""
-    fill = lambda m: f"{m[1]}{made[m[2]]() if m[2] in made else NOT_YET}\n{m[3]}"
+    fill = lambda m: f"{m[1]}{made[m[2]]().replace('¶', '') if m[2] in made else NOT_YET}\n{m[3]}"
     return MARK.sub(fill, text)
 
 

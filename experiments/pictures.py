@@ -136,7 +136,8 @@ def draw_coefficients(found: Found, names, frame: float, ink: str) -> Figure:
     best, beyond = [found.runs["sft"][str(seed)]["best_of_n"] for seed in found.seeds], set()
     for axis, path in zip(axes, (page.GOLD, ("proxy", "mean")), strict=True):
         line = np.mean([[(row["kl"], row[path[0]]) for row in some] for some in best], 0)
-        axis.plot(*line.T, color=ink, linestyle=":", label="best of n")
+        sizes = ", ".join(f"{row['n']:.0f}" for row in best[0])
+        axis.plot(*line.T, color=ink, linestyle=":", label=f"best of n = {sizes}")
         for i, name in enumerate(names):
             colour, marker, dash = look[name]
             runs = family(found, name)
@@ -145,25 +146,23 @@ def draw_coefficients(found: Found, names, frame: float, ink: str) -> Figure:
             beyond |= {
                 (run, seed) for run, some in zip(runs, x, strict=True) for seed, at in enumerate(some) if at >= frame
             }
-            axis.plot(x.mean(1), y.mean(1), color=colour, marker=marker, linestyle=dash, label=plain(name))
-            ends = [
-                (run, *at) for run, *at in zip(runs, x.mean(1), y.mean(1), strict=True) if run in (runs[0], runs[-1])
-            ]
-            for run, *at in ends:
-                value = page.OWN[name][1] if run == name else run.rpartition("_")[2]
-                where = {
-                    "textcoords": "offset points",
-                    "ha": "left" if i % 2 else "right",
-                    "va": "top" if i % 2 else "bottom",
-                }
-                axis.annotate(value, at, (5, -3) if i % 2 else (-5, 3), fontsize=7.5, color=colour, **where)
+            middle = np.median(x, 1), np.median(y, 1)
+            axis.plot(*middle, color=colour, marker=marker, linestyle=dash, label=plain(name))
+            sign = page.OWN[name][0]
+            side = (
+                {"ha": "left", "va": "top", "xytext": (5, -3)}
+                if i % 2
+                else {"ha": "right", "va": "bottom", "xytext": (-5, 3)}
+            )
+            for end in (0, -1):
+                value = f"{page.coefficient(runs[end]):g}"
+                text = f"{value} step{'s' * (value != '1')}" if sign == "improve steps" else f"{sign} {value}"
+                at = middle[0][end], middle[1][end]
+                axis.annotate(text, at, textcoords="offset points", fontsize=7.5, color=colour, **side)
     below = "KL to the SFT policy, nats a response"
     titles = [("gold reward, held-out prompts", below), ("proxy: the reward model's score, standardised", below)]
-    signs = ", ".join(dict.fromkeys(page.OWN[name][0] for name in names))
-    note = (
-        f"final policies, means of {seeds_of(found)}; small dots are single seeds, numbers the first and last {signs}"
-    )
-    note += f"; of single seeds {len(beyond)} beyond {frame:g} nats" if beyond else ""
+    note = f"final policies; small dots are {seeds_of(found)}, lines go through medians, labelled at their ends"
+    note += f"; single seeds beyond {frame:g} nats, not drawn: {len(beyond)}" if beyond else ""
     return finish(figure, axes, titles, ink, note, 7)
 
 
@@ -223,7 +222,10 @@ def draw_dots(found: Found, groups: dict, ink: str) -> Figure:
     return figure
 
 
-CALLED = {("targets of the GVM, no τ", "dvpo_no_tau"): "outcome share 0.5"}  # among others without τ
+CALLED = {  # in a group where that is what differs
+    ("targets of the GVM, no τ", "dvpo_no_tau"): "outcome share 0.5",
+    ("the same with τ", "dvpo"): "outcome share 0.5",
+}
 GROUPS = {
     "ladder": {
         "values are exact, or learned": ("dvpo_exact_q", "dvpo", "dvpo_no_tau"),
@@ -231,8 +233,8 @@ GROUPS = {
         "what τ is shown to DVPO's GVM": ("dvpo", "dvpo_no_tau_shown", "dvpo_other_tau"),
         "advantages from the same Q": ("dvpo", "dvpo_lam_1", "dvpo_q_minus_v", "dvpo_q", "dvpo_q_position", "dvpo_q_start", "dvpo_released"),
         "targets of the GVM, no τ": ("dvpo_no_tau", "dvpo_all_tokens", "dvpo_td_95", "dvpo_td_0"),
-        "and with q": ("dvpo_q_no_tau", "dvpo_q_eq_2", "dvpo_q_paper"),
-        "outcome share 0.5 or none, with τ": ("dvpo", "dvpo_tau_all_tokens"),
+        "the same with τ": ("dvpo", "dvpo_tau_all_tokens"),
+        "without τ, with q": ("dvpo_q_no_tau", "dvpo_q_eq_2", "dvpo_q_paper"),
     },
     "off_policy": {
         "VCB paper's methods": OFF,

@@ -273,12 +273,12 @@ OFF_POLICY = {
     "rrhf": "dpo --loss rrhf --nll_coef 10 --learning_rate 3e-4",
     "rest": "rest",
 }
-COEFFICIENTS = {  # what moves a method along KL: its sign in a run's name, its flag (the last given counts), its values beside the own
-    "vcb": ("gamma", "--gamma", {x: x for x in ("0.15", "0.35", "0.5", "1")}),
-    "dpo": ("gamma", "--gamma", {x: x for x in ("0.5", "1.5", "2.5", "5")}),
-    "ipo": ("gamma", "--gamma", {x: x for x in ("0.05", "0.2", "0.4")}),
-    "slic": ("c", "--nll_coef", {x: x for x in ("0.3", "1")}),
-    "rrhf": ("c", "--nll_coef", {x: x for x in ("3", "30", "100", "1000")}),
+COEFFICIENTS = {  # a method's coefficient: its sign in a run's name, its flag (the last given counts), its values beside the own
+    "vcb": ("gamma", "--gamma", {x: x for x in ("0.15", "0.2", "0.35", "0.5", "1")}),
+    "dpo": ("gamma", "--gamma", {x: x for x in ("0.5", "0.7", "1.5", "2.5", "5")}),
+    "ipo": ("gamma", "--gamma", {x: x for x in ("0.05", "0.07", "0.2", "0.4")}),
+    "slic": ("c", "--nll_coef", {x: x for x in ("0.3", "1", "10", "30")}),
+    "rrhf": ("c", "--nll_coef", {x: x for x in ("3", "30", "100", "1000", "10000")}),
     "rest": ("steps", "--quantiles", {"1": "0.5", "2": "0.5 0.75", "4": "0.5 0.75 0.9 0.97"}),
 }
 

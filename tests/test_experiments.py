@@ -118,7 +118,7 @@ def test_no_final_policy_lies_on_a_line_to_one_that_broke_down():
     at = lambda kl: page.matched(found, "dvpo", kl, *page.GOLD)
     assert at(5.0) == pytest.approx([1.1, 1.1]) and at(np.array([6.0, 4.0])) == pytest.approx([1.2, 1.0])
     assert np.isnan(at(7.0)).tolist() == [True, False] and np.isnan(at(6.4)).tolist() == [False, False]
-    assert "| 1.00 [1.00, 1.00] | 0.08" in page.at_their_kl(found, ["rest"], ["dvpo"])
+    assert "| 1.00 [1.00, 1.00] | 0.075" in page.at_their_kl(found, ["rest"], ["dvpo"])
 
 
 def test_final_policies_are_compared_at_equal_kl_and_only_where_all_seeds_reach_it():
@@ -144,57 +144,85 @@ def test_final_policies_are_compared_at_equal_kl_and_only_where_all_seeds_reach_
 def test_vcb_is_compared_at_the_kl_where_runs_of_the_others_end():
     row = lambda kl, gold: {"kl": kl, "gold": {"mean": gold}}
     both = lambda kl, gold: {"0": row(kl, gold), "1": row(kl, gold + 0.01)}
-    line = {"vcb": both(1.0, 0.3), "vcb_gamma_0.15": both(3.0, 0.9)}
-    same = {
-        f"{name}{own}": line[f"vcb{other}"]
-        for name in ("dpo", "ipo")
-        for own, other in (("", ""), ("_gamma_0.01", "_gamma_0.15"))
+    runs = {"vcb": both(1.0, 0.3), "vcb_gamma_0.15": both(3.0, 0.9)}
+    runs |= {"dpo": both(1.0, 0.5), "dpo_gamma_0.5": both(2.5, 0.2)}  # crosses VCB's line between 1 and 2 nats
+    runs |= {
+        "ipo": {"0": row(1.0, 0.2), "1": row(1.0, 0.4)},
+        "ipo_gamma_0.05": {"0": row(2.0, 0.5), "1": row(2.0, 0.7)},
     }
-    runs = (
-        line
-        | same
-        | {"rrhf": both(2.0, 0.2), "rrhf_c_30": both(2.0, 0.9), "rest_steps_1": both(9.0, 9.0), "rest": both(2.0, 0.1)}
-    )
+    runs |= {
+        "rrhf": both(2.0, 0.2),
+        "rrhf_c_30": both(2.0, 0.9),
+        "rest_steps_1": both(9.0, 9.0),
+        "rest": both(2.0, 0.1),
+    }
     runs["rrhf_c_100"] = {"0": row(2.0, 0.5), "1": row(2.0, 0.7)}
     found = page.Found({"seeds": [0, 1], "code": "", "runs": runs})
     said = page.off_at_matched_kl(found)
     assert (
-        "not distinguishable from DPO's at 1, 1.5, 2, 2.5 and 3; not distinguishable from IPO's at 1, 1.5, 2, 2.5 and 3 nats;"
+        "is below DPO at 1, above DPO at 1.5, 2 and 2.5 nats; not distinguishable from IPO at 1, 1.5 and 2 nats."
         in said
     )
     assert (
-        "end, above RRHF's of c 10; below RRHF's of c 30; not distinguishable from RRHF's of c 100; above ReST's of improve steps 3."
+        "it is above RRHF of c 10, ReST of improve steps 3; below RRHF of c 30; not distinguishable from RRHF of c 100;"
         in said
     )
+    assert (
+        "not compared, since beyond VCB's runs, is ReST of improve steps 1." in said
+        and "ReST, improve steps 1: 9.00 at 9.0" in said
+    )
     rows = {line.split(" | ")[0]: line for line in page.at_their_kl(found, ["rrhf", "rest"], ["vcb"]).splitlines()}
-    assert rows["| RRHF, c 10"].endswith("| 0.40 [0.40, 0.40] |") and rows["| ReST, improve steps 1"].endswith("| – |")
+    assert rows["| RRHF, c 10"].endswith("| 0.400 [0.400, 0.400] |") and rows["| ReST, improve steps 1"].endswith(
+        "| – |"
+    )
 
 
-def test_the_outcomes_share_is_compared_at_equal_kl_too():
+def test_a_run_lies_above_the_line_between_its_neighbours_where_the_curve_is_bent():
+    row = lambda kl, gold: {seed: {"kl": kl, "gold": {"mean": gold}} for seed in ("0", "1")}
+    runs = {"vcb_gamma_0.5": row(1.0, 0.2), "vcb": row(2.0, 0.6), "vcb_gamma_0.15": row(3.0, 0.4), "dpo": row(1.0, 9.0)}
+    found = page.Found({"seeds": [0, 1], "code": "", "runs": runs})
+    assert page.bent(found, ["vcb", "dpo"]) == pytest.approx([0.3]) and "0.30 at most" in page.about_lines(found)
+
+
+def test_the_outcomes_share_is_compared_at_equal_kl_and_without_a_seed_that_broke_down():
     row = lambda kl, gold, bump=0.0: {
         "kl": kl + bump,
         "gold": {"mean": gold + bump},
         "curve": [{"gold": gold, "kl": kl}] * 20,
     }
-    fit = {which: {span: {"correlation": 0.8} for span in ("all", "first3")} for which in ("right_tau", "no_tau")}
-    both = lambda *row_of: {"0": row(*row_of), "1": row(*row_of, 0.01)}
-    runs = {name: {"0": fit, "1": fit} for _, *two in page.OUTCOME.values() for name, _ in two}
-    runs |= {name: both(4.0, 1.0) for _, *two in page.OUTCOME.values() for _, name in two}
-    runs |= {"dvpo_beta_0.2": both(2.0, 0.6), "dvpo_tau_all_tokens": both(3.0, 0.7)}
-    found = page.Found({"seeds": [0, 1], "code": "", "runs": runs})
-    said = page.claim_outcome(found)
+    both = lambda *row_of: {"0": row(*row_of), "1": row(*row_of, 0.01), "2": row(*row_of, 0.02)}
+    fit = lambda all_, first3: {"all": {"correlation": all_}, "first3": {"correlation": first3}}
+    read = lambda right, none: {key: {"right_tau": fit(*right), "no_tau": fit(*none)} for key in "012"}
+    runs = {"gvm": read((0.8, 0.7), (9, 9)), "gvm_tau_all_tokens": read((0.9, 0.75), (9, 9)),
+            "gvm_no_tau": read((9, 9), (0.6, 0.5)), "gvm_all_tokens": read((9, 9), (0.59, 0.52))}  # fmt: skip
+    runs |= {"dvpo": both(4.0, 1.0), "dvpo_beta_0.2": both(2.0, 0.6), "dvpo_tau_all_tokens": both(3.0, 0.7)}
+    runs |= {"dvpo_no_tau": both(4.0, 1.0), "dvpo_all_tokens": both(4.0, 0.9)}
+    runs["dvpo_no_tau"]["2"] |= {"gold": {"mean": -1.5}}
+    found = page.Found({"seeds": [0, 1, 2], "code": "", "runs": runs})
+    first, second = page.answer_outcome(found).split("¶")
     assert (
-        "1.00 and 0.70, difference 0.30 [0.30, 0.30], at the latter's KL, between several β, 0.10" in said
-        and said.count("β") == 1
+        "with τ it changes the correlation with the exact values by −0.050 [−0.050, −0.050]" in first
+        and "by −0.100" in first
     )
-    assert "| with τ | 0.5 | 0.800" in (told := page.outcome(found)) and "| 0.30 [0.30, 0.30] |" in told
+    assert "by 0.30 [0.30, 0.30] at 1.0 [1.0, 1.0] nats more KL, 0.10 [0.10, 0.10] at equal KL." in first
+    assert "Without τ" in second and "by −0.020" in second and "by 0.010" in second and "equal KL" not in second
+    assert "; 0.10 [0.10, 0.10] without seed 2, where a policy breaks down." in second
+    told = page.outcome(found)
+    assert (
+        "| with τ | half of it | 0.800" in told
+        and "| without τ | none: all tokens alike | 0.590" in told
+        and "| 0.30 [0.30, 0.30] |" in told
+    )
     del found.runs["dvpo_tau_all_tokens"]
-    assert page.claim_outcome(found) == page.NOT_YET
+    assert page.answer_outcome(found) == page.NOT_YET
 
 
-def test_in_short_are_two_sentences_and_what_is_bold():
-    text = "**Answer.** Level (0.1 [0.0, 0.2]). PPO's 1.2. More. **But** not always. More."
-    assert page.brief(text) == "Level (0.1 [0.0, 0.2]). PPO's 1.2. **But** not always."
+def test_in_short_is_what_stands_before_the_mark():
+    assert page.brief("**Answer.** Level.¶ More.") == "Level." and page.brief("One.") == "One."
+    assert (
+        page.rewritten("<!-- table x -->\n<!-- end -->", {"x": lambda: "a.¶ b."})
+        == "<!-- table x -->\na. b.\n<!-- end -->"
+    )
     assert [page.listed(list(x)) for x in ("1", "12", "123")] == ["1", "1 and 2", "1, 2 and 3"]
 
 
@@ -209,10 +237,13 @@ def test_coefficients_that_the_page_says_are_those_of_the_runs():
         for value, given in values.items():
             one = run.runs()[f"{name}_{sign}_{value}"]
             args = tyro.cli(importlib.import_module(one.script).Args, args=one.flags.split(), use_underscores=True)
-            assert page.said(f"{name}_{sign}_{value}").endswith(f" {value}")
+            assert page.said(f"{name}_{sign}_{value}").endswith(f" {value}") and page.coefficient(
+                f"{name}_{sign}_{value}"
+            ) == float(value)
             got = getattr(args, flag.removeprefix("--"))
             assert got == (tuple(float(x) for x in given.split()) if name == "rest" else float(given))
-            assert len(given.split()) == int(value) if name == "rest" else given == value
+            own = rest.Args().quantiles
+            assert len(got) == int(value) and (*own, *got[3:])[: len(got)] == got if name == "rest" else given == value
 
 
 def test_a_table_between_its_marks_is_made_anew_and_the_rest_stays():
@@ -269,6 +300,11 @@ def test_from_runs_to_tables(small, monkeypatch, tmp_path):
         "dvpo_other_tau",
         "dvpo_released",
         "gvm_all_tokens",
+        "dvpo_no_tau",
+        "dvpo_all_tokens",
+        "gvm_tau_all_tokens",
+        "dvpo_tau_all_tokens",
+        "gvm_tau_4",
     ]
     wanted = run.runs()
     for seed in (10, 11):
@@ -309,6 +345,7 @@ def test_from_runs_to_tables(small, monkeypatch, tmp_path):
         "values",
         "pairs",
         "readings",
+        "outcome",
     ):
         assert len({line.count("|") for line in made[name].splitlines() if line.startswith("|")}) == 1, name
     assert made["values"].count("–") < 9 and "Bayes-optimal, no τ" in made["values"]
@@ -371,11 +408,16 @@ def test_a_method_is_not_compared_with_itself_and_a_breakdown_is_named():
         "dvpo": both(row(4.0, 1.0, fine)),
     }
     told = lambda: page.over_by_coefficient(page.Found({"seeds": [0, 1], "code": "", "runs": runs}))
-    assert told() == ""
+    assert told() == ("", "")
     runs["dvpo_beta_0.02"] = {"0": row(9.0, -1.5, ill), "1": row(6.0, 1.1, fine)}
-    assert "DVPO, `gae`, β 0.02 (KL 7.5) (breaks down on 1 of 2 seeds): gold −1.20" in told()
+    assert "DVPO, `gae`, β 0.02 (KL 7.5) (breaks down on 1 of 2 seeds): gold −1.20" in told()[1]
+    assert told()[0].endswith(
+        "more proxy than the own coefficient's with no method; less gold, beyond its noise, with no method."
+    )
+    runs["dvpo_beta_0.02"] = {key: row(6.0, 0.9, fine) | {"proxy": {"mean": 1.1}} for key in "01"}
+    assert told()[0].endswith("the own coefficient's with DVPO, `gae`; less gold, beyond its noise, with DVPO, `gae`.")
     del runs["dvpo_beta_0.02"]["1"]
-    assert told() == ""
+    assert told() == ("", "")
 
 
 def test_the_line_of_exact_values_on_a_models(monkeypatch, tmp_path):
