@@ -270,7 +270,7 @@ def about_lines(found: Found) -> str:
         return NOT_YET
     return (
         f"Between two runs the line is straight, the curve is not: left out one by one, these methods' runs lie {above.mean():.2f} above the line between their neighbours on the "
-        f"mean, {above.max():.2f} at most. A comparison with a line is by so much to the disadvantage of the line's method."
+        f"mean, {above.max():.2f} at most. A comparison with a line is to the disadvantage of its method, by less than that, since nothing is left out there."
     )  # fmt: skip
 
 
