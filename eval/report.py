@@ -781,7 +781,6 @@ def precise(x: float, digits: int, sign: bool = False) -> str:
 
 
 @functools.cache
-@functools.cache
 def t95(freedom: float) -> float:
     """97.5 % quantile of Student's t with so many degrees of freedom (1 or more, not only whole ones): with
     t = sqrt(freedom) tan(x) its density (Student 1908) is cos(x)^(freedom - 1) dx, up to a factor."""

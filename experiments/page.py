@@ -62,7 +62,7 @@ YARDSTICKS = {
 MARK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 LOGGED = {"sft": ("sft",), "rm": ("rm",), "gvm": ("gvm",), "dvpo": ("dvpo", "dvpo_q"), "ppo": ("ppo",), "vcb": ("vcb",), "rest": ("rest",),
           "dpo": ("dpo", "ipo", "slic", "rrhf"), "reinforce": ("remax", "rloo", "grpo", "reinforce++")}  # fmt: skip
-PAGES = ("EXPERIMENTS.md", "README.md", "docs/faults.md", "docs/gvm.md", "docs/vcb.md")
+PAGES = ("EXPERIMENTS.md", "README.md", "docs/faults.md", "docs/gvm.md", "docs/vcb.md", "docs/dpo.md")
 NOT_YET = "*Not run yet.*"
 
 
@@ -417,6 +417,13 @@ def pairs_shown(found: Found) -> str:
              (("gvm_no_tau", "without τ"), ("gvm", "with two pairs"), ("gvm_tau_4", "with four"))}  # fmt: skip
     told = ", ".join(f"{shown(x, 0, bounds=False)} {text}" for text, x in steps.items() if not np.isnan(x).all())
     note = f"All of these GVMs read the same answers, but a training row holds as many as τ and one more, so not in as many optimizer steps: {told}."
+    of = lambda at, kind: ", ".join(shown(at(kind, str(k)), bounds=False) for k in PAIRS)
+    bayes = lambda kind, k: found.probed("pairs", kind, "bayes", k, "all", "correlation")
+    four = lambda kind, k: found.numbers("gvm_tau_4", "pairs_shown", kind, k, "all", "correlation")
+    note += (
+        f" With {listed(shows)} the correlation is, of policies never seen, {of(bayes, 'held_out')} for Bayes; of a mixture {of(bayes, 'crowd')} for Bayes, {of(four, 'crowd')} for the GVM "
+        "trained with four."
+    )  # fmt: skip
     return f"{table(['texts by', 'trained with', *head], rows)}\n\n{note}"
 
 
@@ -833,7 +840,7 @@ def outcome(found: Found) -> str:
             continue
         golds = [found.numbers(policy, *GOLD) for _, policy in both]
         gaps = [shown(golds[0] - golds[1]), "–"]
-        for (gvm, policy), said, gap in zip(both, ("half of it", "none: all tokens alike"), gaps, strict=True):
+        for (gvm, policy), said, gap in zip(both, ("half", "none: all tokens alike"), gaps, strict=True):
             row = [shown(found.numbers(gvm, which, span, "correlation"), 3) for span in ("all", "first3")]
             row += [f"{gold(found, policy, True)}{fell(found, policy)}", shown(found.numbers(policy, "kl"), 1), gap]
             rows.append([text, said, *row])
@@ -844,7 +851,7 @@ def outcome(found: Found) -> str:
         "KL to SFT",
         "gold − all tokens alike, paired",
     ]
-    return table(["GVM", "extra weight of the last token", *head], rows) if rows else NOT_YET
+    return table(["GVM", "of the loss, the last token's own part", *head], rows) if rows else NOT_YET
 
 
 def answer_outcome(found: Found) -> str:
@@ -938,7 +945,7 @@ def answer_off(found: Found) -> str:
     rates = {name: np.nanmean(found.numbers(name, "misaligned")) for name in OFF if name in found.runs}
     least = min(rates, key=rates.get)
     level = [np.nanmean(found.numbers(name, "kl")) for name in ("vcb", best)]
-    equal = "" if (equal := off_at_matched_kl(found)) == NOT_YET else equal
+    equal = off_at_matched_kl(found).replace(NOT_YET, "")
     return (
         f"**Answer.** Of the off-policy methods at their own settings VCB's gold reward is {against(found, 'vcb', best, *GOLD)}, the best of the others; their KLs are {level[0]:.1f} and {level[1]:.1f}. {equal}¶ At "
         f"the methods' own settings the lowest misalignment is {NAMES[least]}'s, {100 * rates[least]:.1f} % (VCB {100 * rates['vcb']:.1f} %)."
@@ -963,7 +970,9 @@ def off_at_matched_kl(found: Found) -> str:
     for name in (name for name in OFF if name not in CALIBRATED):
         for run in family(found, name):
             gap = gap_at_end(found, "vcb", run)
-            verdict = "not compared, since beyond VCB's runs, is" if np.isnan(gap).any() else word(gap)
+            verdict = (
+                "not compared, since not between runs of VCB's on every seed, is" if np.isnan(gap).any() else word(gap)
+            )
             ends.setdefault(verdict, {}).setdefault(name, []).append(f"{coefficient(run):g}")
     of = lambda some: ", ".join(f"{NAMES[name]} of {OWN[name][0]} {listed(values)}" for name, values in some.items())
     others = f" At the KL where runs of the other three end it is {'; '.join(f'{verdict} {of(some)}' for verdict, some in ends.items())}." if ends else ""  # fmt: skip
@@ -974,6 +983,15 @@ def off_at_matched_kl(found: Found) -> str:
     ]
     at = lambda run: f"{said(run, True)}: {gold(found, run)} at {shown(found.numbers(run, 'kl'), 1, bounds=False)} nats"
     return f"At equal KL, between several γ, VCB's gold reward is {'; '.join(told)}.{others} Each method's most gold reward: {'; '.join(map(at, most))}."
+
+
+def claim_rrhf(found: Found) -> str:
+    """docs/dpo.md: what the weight of RRHF's cross-entropy does."""
+    runs = family(found, "rrhf")
+    if len(runs) < 2:
+        return NOT_YET
+    each = (f"{gold(found, run)} at c {coefficient(run):g} ({shown(found.numbers(run, 'kl'), 1, bounds=False)} nats)" for run in runs)  # fmt: skip
+    return f"Of 16 responses to a prompt `rrhf` comes in the toy world to a gold reward of {'; '.join(each)}."
 
 
 def answer_vcb(found: Found) -> str:
@@ -1220,6 +1238,7 @@ def tables() -> dict[str, callable]:
             "outcome": lambda: outcome(toy),
             "claim_outcome": lambda: answer_outcome(toy),
             "claim_vcb": lambda: off_at_matched_kl(toy),
+            "claim_rrhf": lambda: claim_rrhf(toy),
             "about_lines": lambda: about_lines(toy),
             "targets_policy": lambda: policies(toy, [gae for _, gae, _ in TARGETS.values() if gae], against="dvpo_no_tau")
             .replace(NAMES["dvpo_no_tau"], "outcome share 0.5"),  # here none has τ

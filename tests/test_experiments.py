@@ -168,8 +168,11 @@ def test_vcb_is_compared_at_the_kl_where_runs_of_the_others_end():
         in said
     )
     assert (
-        "not compared, since beyond VCB's runs, is ReST of improve steps 1." in said
+        "not compared, since not between runs of VCB's on every seed, is ReST of improve steps 1." in said
         and "ReST, improve steps 1: 9.00 at 9.0" in said
+    )
+    assert page.claim_rrhf(found).endswith(
+        "of 0.21 at c 10 (2.0 nats); 0.91 at c 30 (2.0 nats); 0.60 at c 100 (2.0 nats)."
     )
     rows = {line.split(" | ")[0]: line for line in page.at_their_kl(found, ["rrhf", "rest"], ["vcb"]).splitlines()}
     assert rows["| RRHF, c 10"].endswith("| 0.400 [0.400, 0.400] |") and rows["| ReST, improve steps 1"].endswith(
@@ -209,7 +212,7 @@ def test_the_outcomes_share_is_compared_at_equal_kl_and_without_a_seed_that_brok
     assert "; 0.10 [0.10, 0.10] without seed 2, where a policy breaks down." in second
     told = page.outcome(found)
     assert (
-        "| with τ | half of it | 0.800" in told
+        "| with τ | half | 0.800" in told
         and "| without τ | none: all tokens alike | 0.590" in told
         and "| 0.30 [0.30, 0.30] |" in told
     )
